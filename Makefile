@@ -1,0 +1,63 @@
+# Two commands do everything on a machine that has Python, pip, make and git:
+#   make course    execute the course on the embedded scenes, say where the results are
+#   make test      every test: sync, lint, notebooks, pytest
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+FLAGS  ?=
+
+.PHONY: help course test outputs sync lint notebooks unit wheel site readme clean
+
+help:
+	@sed -n '1,4p' Makefile
+	@echo "  make outputs   re-execute notebooks with a clean kernel and store their outputs (NB=nbs/x.ipynb FLAGS='slow')"
+	@echo "  make sync lint notebooks unit    the parts of make test, one by one"
+	@echo "  make wheel     build wheel and sdist, install the wheel into a second environment, use it"
+	@echo "  make site      render the website where quarto is installed"
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@touch $@
+
+$(VENV)/.course: $(VENV)/.made settings.ini setup.py
+	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[course]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made settings.ini setup.py
+	@echo "Installing (a minute or two: PyTorch is large) ..."
+	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[dev]"
+	@touch $@
+
+course: $(VENV)/.course
+	$(BIN)/python tools/course.py
+
+test: $(VENV)/.dev sync lint notebooks unit
+
+outputs: $(VENV)/.dev
+	$(BIN)/python tools/outputs.py --flags "$(FLAGS)" $(NB)
+
+sync: $(VENV)/.dev
+	$(BIN)/python tools/sync.py
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check synseg tests tools setup.py
+
+# One thread to a worker: two workers with two threads each would fight over two cores.
+notebooks: $(VENV)/.dev
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/nbdev_test --timing --do_print
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+wheel: $(VENV)/.dev
+	PYTHON=$(BIN)/python sh tools/wheel.sh
+
+readme: $(VENV)/.dev
+	$(BIN)/python tools/readme.py
+
+site: $(VENV)/.dev
+	$(BIN)/nbdev_docs
+
+clean:
+	rm -rf build dist _proc _docs course-out *.egg-info

@@ -1,0 +1,72 @@
+"Imports run downward only: a module may import from lower floors and from nowhere else in the package"
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "synseg"
+FLOOR = dict(
+    core=0,
+    check=1, labels=1,
+    street=2, camera=2, show=2, metrics=2, losses=2, transforms=2, schedules=2,
+    scenes=3, datasets=3, segmenter=3,
+    unet=5,
+    zoo=6,
+    train=7, predict=7,
+    recipes=8, doctor=8,
+    cli=9,
+)
+NETWORKS = {"segmenter", "unet", "zoo"}
+MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
+
+
+def package_imports(name):
+    "Modules of this package that a module imports, at any depth of its code"
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "synseg"):
+            path = (node.module or "").removeprefix("synseg").strip(".")
+            found |= {path.split(".")[0]} if path else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("synseg.")}
+    return {f for f in found if (PACKAGE / f"{f}.py").exists()}
+
+
+def third_party(name):
+    "Top-level names of everything else that is imported"
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    plain = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    return plain | {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level and n.module}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_downward(name):
+    assert name in FLOOR, f"give {name} a floor in tests/test_floors.py"
+    for other in package_imports(name):
+        assert FLOOR[other] < FLOOR[name], f"{name} (floor {FLOOR[name]}) imports {other} (floor {FLOOR[other]})"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_star_imports_and_no_notebook_tools(name):
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    stars = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and any(a.name == "*" for a in n.names)]
+    assert not stars, f"{name} imports everything from {stars}"
+    assert not third_party(name) & {"nbdev", "fastcore", "execnb"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_stay_small(name):
+    lines = (PACKAGE / f"{name}.py").read_text(encoding="utf-8").count("\n")
+    assert lines <= 275, f"{name} has {lines} lines: split it by what it is responsible for"
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS & set(MODULES)))
+def test_networks_know_nothing_of_data_or_training(name):
+    assert not package_imports(name) & {"scenes", "street", "camera", "datasets", "transforms", "train", "metrics", "losses"}
+
+
+def test_one_notebook_one_module():
+    notebooks = {p.stem.split("_", 1)[1] for p in (PACKAGE.parent / "nbs").glob("[0-9]*.ipynb")}
+    assert notebooks == set(MODULES)
+    numbers = [p.stem.split("_", 1)[0] for p in (PACKAGE.parent / "nbs").glob("[0-9]*.ipynb")]
+    assert len(numbers) == len(set(numbers))
