@@ -1,1 +1,35 @@
+"Semantic image segmentation from K-means to adversarial training: a course that is also a library."
+
 __version__ = "0.1.0"
+
+import importlib
+
+# The public names and the module (= chapter) that each lives in. They are imported on first use, so `import synseg` is quick.
+_PUBLIC = {
+    "core": ("VOID", "seed_everything", "default_device", "record_result", "load_result"),
+    "check": ("test_same", "expect_fail", "check_segmenter", "count_parameters", "trace", "receptive_field"),
+    "labels": ("LabelSpace", "label_space", "check_labels"),
+    "scenes": ("Scenes",),
+    "transforms": ("train_transforms", "eval_transforms"),
+    "datasets": ("load_dataset",),
+    "show": ("show_segmentation", "overlay"),
+    "metrics": ("ConfusionMatrix", "trimap_iou", "boundary_iou"),
+    "losses": ("CrossEntropyLoss", "FocalLoss", "DiceLoss", "LovaszSoftmaxLoss", "median_frequency_weights"),
+    "segmenter": ("ModelInfo", "Segmenter"),
+    "zoo": ("list_models", "model_info", "create_model", "save_model", "load_model"),
+    "train": ("Learner",),
+    "inference": ("predict",),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'synseg' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -12,7 +12,7 @@ FLOOR = dict(
     scenes=3, datasets=3, segmenter=3,
     unet=5,
     zoo=6,
-    train=7, predict=7,
+    train=7, inference=7,
     recipes=8, doctor=8,
     cli=9,
 )
