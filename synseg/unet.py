@@ -9,7 +9,6 @@ __all__ = ['JOINS', 'ENTRIES', 'DoubleConv', 'crop_like', 'pad_like', 'UpStep', 
 
 # %% ../nbs/14_unet.ipynb #cabd7856
 import math
-from functools import partial
 
 import numpy as np
 import torch, torch.nn.functional as F

@@ -63,8 +63,8 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, text: str) -> ModelCard:
-        from synseg.labels import LabelSpace
         d = json.loads(text)
+        if d.get("label_space"): from synseg.labels import LabelSpace
         space, size = d.get("label_space"), d.get("input_size")
         return cls(d["name"], d["num_classes"], d["in_channels"], d["options"],
                    LabelSpace.from_dict(space) if space else None, tuple(size) if size else None, d.get("extra") or {})
