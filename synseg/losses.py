@@ -68,9 +68,12 @@ class CrossEntropyLoss(SegmentationLoss):
                 pixel_weight: Tensor | None = None, # (N, H, W), 0 or more
                ) -> Tensor: # scalar, in nats: sum of weight * loss over sum of weight
         logits, labels = self._prepare(logits, labels)
-        nll = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="none")
-        weight = self._pixel_weight(labels, nll)
+        weight = self._pixel_weight(labels, logits)
         if pixel_weight is not None: weight = weight * pixel_weight
+        if pixel_weight is None: # the same sum, fused
+            classes = None if self.weight is None else self.weight.to(logits)
+            return _ratio(F.cross_entropy(logits, labels, classes, ignore_index=self.ignore_index, reduction="sum"), weight.sum())
+        nll = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="none")
         return _ratio((nll * weight).sum(), weight.sum())
 
 # %% ../nbs/10_losses.ipynb #0df92ee1
@@ -121,6 +124,11 @@ def lovasz_gradient(
     jaccard = 1 - intersection / union
     return torch.cat([jaccard[..., :1], jaccard.diff(dim=-1)], -1)
 
+def _falling_order(error: Tensor) -> Tensor: # (K, P) indices
+    "What sorts each row by falling error; the bits of floats from 0 up order as integers, which the CPU sorts by radix"
+    if error.device.type != "cpu" or error.dtype != torch.float32: return error.argsort(dim=1, descending=True)
+    return torch.stack([(-row).sort().indices for row in error.view(torch.int32)])
+
 # %% ../nbs/10_losses.ipynb #94187ac3
 class LovaszSoftmaxLoss(SegmentationLoss):
     """A surrogate of 1 - IoU: each class's errors, sorted, times the growth of its Jaccard loss (Berman et al. 2018)
@@ -140,13 +148,14 @@ class LovaszSoftmaxLoss(SegmentationLoss):
         return _ratio((losses * seen).sum(), seen.sum().to(losses.dtype))
 
     def _loss(self, p: Tensor, labels: Tensor) -> Tensor:
-        known = labels != self.ignore_index
-        if not known.any(): return p.flatten()[:0].sum()
-        p, y = p.movedim(1, 0)[:, known], _one_hot(labels, p.shape[1]).movedim(1, 0)[:, known].to(p.dtype) # (K, P)
+        y = _one_hot(labels, p.shape[1]).movedim(1, 0).flatten(1).to(p.dtype) # (K, P)
+        known = (labels != self.ignore_index).flatten()
+        error = (y - p.movedim(1, 0).flatten(1)).abs() * known # 0 on void: sorted last, worth nothing
+        with torch.no_grad():
+            order = _falling_order(error)
+            growth = torch.empty_like(error).scatter_(1, order, lovasz_gradient(y.gather(1, order)))
         present = y.any(1)
-        error, order = (y - p).abs().sort(dim=1, descending=True)
-        losses = (error * lovasz_gradient(y.gather(1, order))).sum(1)
-        return self._class_mean(losses, present)
+        return self._class_mean((error * growth).sum(1).where(present, 0), present)
 
 # %% ../nbs/10_losses.ipynb #945915eb
 def class_counts(
