@@ -6,7 +6,7 @@
 __all__ = ['Schedule', 'constant', 'poly', 'cosine', 'step_decay', 'exponential', 'Ema', 'EpochSampler', 'ClassBalancedSampler']
 
 # %% ../nbs/11_schedules.ipynb #5d65364e
-import copy, math
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
