@@ -197,7 +197,7 @@ def _resized(x: Tensor, size) -> Tensor:
 
 def _bands(scores: Tensor, size: tuple[int, int], rows: int = 128):
     "Yield (rows, scores (K, rows, W)): bilinear upsampling to `size`, a band of rows at a time"
-    height, (h, w) = size[0], scores.shape[-2:]
+    height, h = size[0], scores.shape[-2]
     y = ((torch.arange(height) + 0.5) * (h / height) - 0.5).clamp(0, h - 1)
     low = y.long()
     high, t = (low + 1).clamp(max=h - 1), (y - low)[None, :, None]
