@@ -115,7 +115,9 @@ def class_frequencies(dataset: Dataset, limit: int | None = None) -> ClassFreque
 # %% ../nbs/07_datasets.ipynb #4a7fe8a9
 class Seeded(Dataset):
     "`dataset` augmented so that sample `i` of epoch `e` depends on `(seed, e, i)` only, whatever the worker or order"
-    def __init__(self, dataset: Dataset, transforms: Callable, seed: int = 0):
+    def __init__(self, dataset: Dataset,
+                 transforms: Callable | None = None,  # t(image, label); None: the data set's own items and chance
+                 seed: int = 0):
         self.dataset, self.transforms, self.seed = dataset, transforms, seed
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers that live on see the change
 
@@ -130,8 +132,9 @@ class Seeded(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         i = range(len(self))[i]
-        image, label = self.dataset.raw(i) if hasattr(self.dataset, "raw") else self.dataset[i]
-        with _seeded(self.seed, self.epoch, i): return self.transforms(image, label)
+        with _seeded(self.seed, self.epoch, i):
+            if self.transforms is None: return self.dataset[i]
+            return self.transforms(*(self.dataset.raw(i) if hasattr(self.dataset, "raw") else self.dataset[i]))
 
 @contextlib.contextmanager
 def _seeded(*key: int):

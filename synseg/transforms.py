@@ -25,8 +25,8 @@ from .core import IMAGENET_MEAN, VOID
 # %% ../nbs/06_transforms.ipynb #ff3345cc
 def as_pair(image, label) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     "Wrap a (3, H, W) tensor or H x W x 3 array and its (H, W) label for torchvision; ValueError where they do not fit"
-    if isinstance(image, np.ndarray): image = torch.from_numpy(image).movedim(-1, 0)
-    if isinstance(label, np.ndarray): label = torch.from_numpy(label)
+    if isinstance(image, np.ndarray): image = _tensor(image).movedim(-1, 0)
+    if isinstance(label, np.ndarray): label = _tensor(label)
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"an image of shape {tuple(image.shape)} was found; expected a (3, H, W) tensor or an "
                          "H x W x 3 array. Repeat a grey channel three times, drop an alpha channel.")
@@ -35,6 +35,9 @@ def as_pair(image, label) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
                          "both must be the same. Do the two files belong together?")
     if not image.numel(): raise ValueError(f"an image of zero size was found: {_size(label.shape)}. Remove it.")
     return tv_tensors.Image(image), tv_tensors.Mask(label)
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.require(array, requirements=("C", "W")))  # copies where it is read-only or flipped
 
 def _size(shape) -> str: return "x".join(map(str, shape))
 

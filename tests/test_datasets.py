@@ -241,3 +241,11 @@ def test_voc_samples_real(data_root, tmp_path):
     (tmp_path / "masks").symlink_to(source / "labels")
     data = load_dataset("folder", tmp_path, "all")
     assert len(data) == 10 and data.check() == [] and data.label_space.num_classes <= 21
+
+
+def test_seeded_without_transforms_seeds_the_data_sets_own_chance(root):
+    own = load_dataset("camvid", root, "train", transforms=train_transforms((16, 16)))
+    data = Seeded(own, seed=1)
+    assert same(data[2], data[2]) and not same(own[2], own[2])
+    triple = Seeded([(torch.rand(3, 4, 4), torch.zeros(4, 4), torch.ones(4, 4))])
+    assert len(triple[0]) == 3

@@ -219,3 +219,10 @@ def test_tiny_images_survive(size):
 def test_floats_and_wide_labels_pass_through():
     image, label = to_tensors(tv_tensors.Image(torch.rand(3, 4, 5, dtype=torch.float64)), tv_tensors.Mask(torch.zeros(4, 5, dtype=torch.int16)))
     assert image.dtype == torch.float32 and label.dtype == torch.int64
+
+
+def test_read_only_and_mirrored_arrays_are_welcome(recwarn):
+    image, label = np.random.rand(6, 8, 3).astype(np.float32), np.zeros((6, 8), np.uint8)
+    for array in (image, label): array.flags.writeable = False
+    as_pair(image, label), as_pair(image[:, ::-1], label[:, ::-1])
+    assert not recwarn.list
