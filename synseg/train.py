@@ -14,24 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from .callbacks import Callback, MetricsLog, ProgressBar, Samples, TensorBoard
+from .callbacks import Callback, MetricsLog, usual_callbacks
 from .core import seed_everything
-from .datasets import Seeded, _seeded
-from .engine import Engine, adamw, check_batch, num_classes_of, order_of, weighted_loss
-from .runstate import (Diverged, Interrupted, all_finite, check_same_run, load_state, rng_state, save_state,
-                             save_weights, set_rng_state, stop_requests)
+from .engine import Engine, OwnItems, adamw, check_batch, num_classes_of, order_of, weighted_loss
+from .runstate import (Diverged, Progress, all_finite, check_loss, check_same_run, interrupted, load_state, rng_state,
+                             save_state, save_weights, set_rng_state, stop_requests)
 from .schedules import Schedule, cosine
 from .scoring import confusion, label_space_of, report
 from .zoo import load_model, save_model
 
 # %% ../nbs/12_train.ipynb #38c524ac
-class _OwnItems(Seeded):
-    "The data set's own items, made under a seed of (seed, epoch, index)"
-    def __init__(self, dataset: Dataset, seed: int): super().__init__(dataset, lambda *item: item, seed)
-    def __getitem__(self, i: int):
-        with _seeded(self.seed, self.epoch, i): return self.dataset[i]
-
-# %% ../nbs/12_train.ipynb #5e3e65bb
 class _Run:
     "What a run is made of, and how far it has come"
     def __init__(self, model: nn.Module, train: Dataset | None, valid: Dataset | None = None,
@@ -46,37 +38,25 @@ class _Run:
         self.train, self.valid, self.schedule = train, valid, schedule or cosine(warmup=0.05)
         self.batch_size, self.precision, self.seed, self.save_every = batch_size, precision, seed, save_every
         self.out, self.eval_size, self.validations = Path(out) if out else None, eval_size, validations
-        if train is not None: loss = loss or weighted_loss(train, num_classes_of(train, model), class_weights)
+        self.num_classes = num_classes_of(train, model) if train is not None else None
+        if train is not None: loss = loss or weighted_loss(train, self.num_classes, class_weights)
         optimizer = optimizer or (lambda m: adamw(m, lr, weight_decay))
         self.engine = Engine(model, loss, optimizer, precision, accumulate, clip, ema)
         self.config = dict(batch_size=batch_size, seed=seed, accumulate=accumulate, ema=ema, bf16=self.engine.bf16,
                            processes=self.engine.world)
-        self._at_the_start()
-        if train is not None: self._lay_out_data(sampler, workers)
-        self.callbacks = [*self._usual(progress, tensorboard), *callbacks]
-
-    def _at_the_start(self) -> None:
-        self.epoch = self.batch = self.step = self.images = self.validated = 0
-        self.seconds, self.best, self.stop, self.last_loss = 0.0, -1.0, None, math.nan
-        self._loss_sum, self._loss_count, self._rng, self._goal, self._began = 0.0, 0, None, (1, None), None
-        self._clock, self._pace = (-1, 0.0), (0, 0.0)
+        self.progress, self.stop, self.last_loss = Progress(), None, torch.tensor(math.nan)
         self.log = MetricsLog(self.out/"metrics.jsonl" if self.out and self.engine.main else None)
+        self._rng, self._goal, self._clock = None, (1, None), (-10, 0.0)
+        if train is not None: self._lay_out_data(sampler, workers)
+        usual = usual_callbacks(self.out, train if valid is None else valid, progress, tensorboard)
+        self.callbacks = [*(usual if self.engine.main else []), *callbacks]
 
     def _lay_out_data(self, sampler, workers: int | None) -> None:
         # Seeded makes the augmentation of an item a function of (seed, epoch, index): no worker or order changes it.
-        self.data = self.train if hasattr(self.train, "set_epoch") else _OwnItems(self.train, self.seed)
-        self.sampler = order_of(self.train, 0 if sampler != "balanced" else num_classes_of(self.train, self.model), sampler, self.seed)
+        self.data = self.train if hasattr(self.train, "set_epoch") else OwnItems(self.train, self.seed)
+        self.sampler = order_of(self.train, self.num_classes, sampler, self.seed)
         self.loader = self.engine.loader(self.data, self.batch_size, self.sampler, workers)
         self.config["images"] = len(self.train)
-
-    def _usual(self, progress: bool, tensorboard: bool) -> list[Callback]:
-        usual: list[Callback] = []
-        if not self.engine.main: return usual
-        if progress: usual.append(ProgressBar())
-        shown = self.valid if self.valid is not None else self.train
-        if self.out and shown is not None: usual.append(Samples(shown, self.out/"samples.png"))
-        if tensorboard: usual.append(TensorBoard(self.out or "runs"))
-        return usual
 
     @property
     def model(self) -> nn.Module: return self.engine.model
@@ -94,42 +74,30 @@ class _Run:
     def fraction(self) -> float:
         "Share of the run that is done: of its batches or, where `minutes` was given, of its time, whichever is more"
         epochs, minutes = self._goal
-        done = (self.epoch + self.batch/len(self.loader))/epochs
+        done = (self.progress.epoch + self.progress.batch/len(self.loader))/epochs
         return min(1.0, max(done, self._shared_time()/(60*minutes)) if minutes else done)
-
-    def elapsed(self) -> float:
-        "Seconds of training, those before a resume included"
-        return self.seconds + (time.perf_counter() - self._began if self._began else 0.0)
 
     def _shared_time(self) -> float:
         "The first process's clock, asked every tenth step, so that all processes use one learning rate and stop together"
-        if self.engine.world == 1: return self.elapsed()
-        if self.step >= self._clock[0] + 10 or self._clock[0] < 0: self._clock = (self.step, self.engine.from_main(self.elapsed()))
+        if self.engine.world == 1: return self.progress.elapsed()
+        step = self.progress.step
+        if step >= self._clock[0] + 10: self._clock = step, self.engine.from_main(self.progress.elapsed())
         return self._clock[1]
-
-    def images_per_second(self) -> float:
-        "Training speed since this epoch began; validation does not count"
-        images, since = self._pace
-        return (self.images - images)/max(1e-9, time.perf_counter() - since)
-
-    def mean_loss(self) -> float:
-        "Mean loss of this epoch so far"
-        return float(self._loss_sum)/max(1, self._loss_count)
 
 # %% ../nbs/12_train.ipynb #f74a2bb5
 class _Checkpoints(_Run):
     "Saving, loading, going on"
     def state(self) -> dict:
         "All that a run must remember to go on exactly: tensors and plain values only"
-        kept = {name: getattr(self, name) for name in ("epoch", "batch", "step", "images", "best", "validated")}
-        return dict(kept, config=self.config, seconds=self.elapsed(), loss=(float(self._loss_sum), self._loss_count),
-                    rows=self.history, rng=self.engine.gather(rng_state()), **self.engine.state())
+        return dict(config=self.config, progress=self.progress.to_dict(), rows=self.history,
+                    rng=self.engine.gather(rng_state()), **self.engine.state())
 
     def save(self, path: str | Path | None = None) -> Path:
         "Write state.pt (to go on) and last.safetensors (to use) into the folder `path`, by default the run's own"
         folder = Path(path or self.out or "run")
         state = self.state()
-        if self.engine.main and all_finite(self.model):
+        if not all_finite(self.model): raise Diverged("some weights are no numbers: they are not saved, the last state stands")
+        if self.engine.main:
             save_state(state, folder/"state.pt")
             self._save_weights(folder/"last.safetensors")
             if self.valid is None or not (folder/"model.safetensors").exists(): self._save_weights(folder/"model.safetensors")
@@ -138,7 +106,7 @@ class _Checkpoints(_Run):
     def _save_weights(self, path: Path) -> None:
         model = self.averaged()
         if getattr(model, "card", None) is None: save_weights(model, path)  # a network that is in no zoo
-        else: save_model(model, path, label_space_of(self.train), self.eval_size, dict(step=self.step))
+        else: save_model(model, path, label_space_of(self.train), self.eval_size, dict(step=self.progress.step))
 
     def resume(self, path: str | Path | None = None) -> "Learner":
         """Take up the run in the folder `path` where its last checkpoint stands; `fit` with the same epochs then ends in
@@ -150,8 +118,7 @@ class _Checkpoints(_Run):
         state = load_state(path or self.out or "run")
         check_same_run(state["config"], self.config)
         self.engine.load_state(state)
-        for name in ("epoch", "batch", "step", "images", "seconds", "best", "validated"): setattr(self, name, state[name])
-        (self._loss_sum, self._loss_count), self._rng = state["loss"], state["rng"][self.engine.rank]
+        self.progress, self._rng = Progress.from_dict(state["progress"]), state["rng"][self.engine.rank]
         self.log.replace(state["rows"])
         return self
 
@@ -192,7 +159,8 @@ class Learner(_Checkpoints):
                 self._each("on_start")
                 while self.fraction() < 1 and not self.stop: self._one_epoch()
         finally:
-            self.seconds, self._began = self.elapsed(), None
+            self.progress.stop()
+            for model in (self.model, self.averaged()): model.eval()
             self._each("on_end")
         return self
 
@@ -203,64 +171,68 @@ class Learner(_Checkpoints):
             raise ValueError(f"fit(epochs={epochs}, minutes={minutes}): expected positive numbers")
         self._goal, self.stop = (epochs or 10**6, minutes), None
         self.engine.begin()
-        if self.step == 0:
+        if self.progress.step == 0:
             seed_everything(self.seed + self.engine.rank)
             self.log.replace([])
-        self._began = time.perf_counter()
+        self.progress.start()
 
     def _one_epoch(self) -> None:
-        self._pace = self.images, time.perf_counter()
+        self.progress.start_epoch()
         self.model.train()
         for batch in self._batches():
             self._learn(*batch)
             if not self.engine.updated: continue
-            if self._asked_to_stop(): self._leave()
-            if self.save_every and self.step % self.save_every == 0 and self.out: self.save()
+            if self._asked_to_stop(): raise interrupted(self.progress, self.out and self.save())
+            if self.save_every and self.progress.step % self.save_every == 0 and self.out: self.save()
             if self.fraction() >= 1 or self.stop: break
         self._end_epoch()
 
     def _batches(self) -> Iterator[list[Tensor]]:
         "What this epoch has not yet seen; the generators are put back where a resumed run left them"
-        self.data.set_epoch(self.epoch)
-        self.loader.set_epoch(self.epoch)
-        self.sampler.set_epoch(self.epoch)
-        self.sampler.skip(self.batch*self.batch_size*self.engine.world)
+        self.data.set_epoch(self.progress.epoch)
+        self.loader.set_epoch(self.progress.epoch)
+        self.sampler.set_epoch(self.progress.epoch)
+        self.sampler.skip(self.progress.batch*self.batch_size*self.engine.world)
         for batch in self.loader:
-            if self._rng is not None: set_rng_state(self._rng)
-            self._rng = None
+            self._restore_rng()
             yield batch
+        self._restore_rng()  # a run resumed at the very end of an epoch has no batch left
+
+    def _restore_rng(self) -> None:
+        if self._rng is not None: set_rng_state(self._rng)
+        self._rng = None
 
     def _learn(self, images: Tensor, labels: Tensor, *extra: Tensor) -> None:
-        if self.images == 0 and self.engine.world == 1:
-            check_batch(images, labels, self.train, self.sampler.order(), num_classes_of(self.train, self.model))
+        if self.progress.images == 0 and self.engine.world == 1:
+            check_batch(images, labels, self.train, self.sampler.order(), self.num_classes)
         every = 1 if self.device.type == "cpu" else 20  # reading the loss makes a GPU wait
-        check = self._check_loss if self.step % every == 0 else (lambda loss: None)
+        check = self._check_loss if self.progress.step % every == 0 else (lambda loss: None)
         self.last_loss = self.engine.step(self.schedule(self.fraction()), images, labels, *extra, check=check)
-        self.batch, self.images = self.batch + 1, self.images + len(images)*self.engine.world
-        self._loss_sum, self._loss_count = self._loss_sum + self.last_loss.double(), self._loss_count + 1
+        self.progress.count(self.last_loss, len(images)*self.engine.world)
         if self.engine.updated:
-            self.step += 1
+            self.progress.step += 1
             self._each("on_step")
 
     def _end_epoch(self) -> None:
-        row = dict(epoch=self.epoch + 1, step=self.step, loss=self.mean_loss(), images=self.images,
-                   lr=self.engine.optimizer.param_groups[0]["lr"], images_per_second=round(self.images_per_second(), 1))
-        self.epoch, self.batch, self._loss_sum, self._loss_count = self.epoch + 1, 0, 0.0, 0
+        p = self.progress
+        row = dict(epoch=p.epoch + 1, step=p.step, images=p.images, loss=p.mean_loss(),
+                   lr=self.engine.optimizer.param_groups[0]["lr"], images_per_second=round(p.images_per_second(), 1))
+        p.end_epoch()
         if self.valid is not None and self._validation_due(): row |= self._validate()
-        self.log.append(dict(row, seconds=round(self.elapsed(), 1)))
+        self.log.append(dict(row, seconds=round(p.elapsed(), 1)))
         self._each("on_epoch", self.history[-1])
         if self.out: self.save()
-        if self._asked_to_stop(): self._leave()
+        if self._asked_to_stop(): raise interrupted(self.progress, self.out)
 
     def _validation_due(self) -> bool:
         passed = self.validations if self.stop else int(self.fraction()*self.validations + 1e-9)
-        due, self.validated = passed > self.validated, max(passed, self.validated)
+        due, self.progress.validated = passed > self.progress.validated, max(passed, self.progress.validated)
         return due
 
     def _validate(self) -> dict:
         scores = self.evaluate()
-        if scores["mean_iou"] > self.best:
-            self.best = scores["mean_iou"]
+        if scores["mean_iou"] > self.progress.best:
+            self.progress.best = scores["mean_iou"]
             if self.out and self.engine.main: self._save_weights(self.out/"model.safetensors")
         return {k: scores[k] for k in ("mean_iou", "pixel_accuracy", "iou")}
 
@@ -273,21 +245,12 @@ class Learner(_Checkpoints):
         return report(matrix.merge(*others), label_space_of(dataset), len(dataset), time.perf_counter() - start)
 
     def _check_loss(self, loss: Tensor) -> None:
-        if math.isfinite(float(loss)): return
-        kept = f"The last good state is in {self.out/'state.pt'}" if self.out and (self.out/"state.pt").is_file() else "Nothing was saved"
-        raise Diverged(f"the loss is {float(loss)} at step {self.step} (epoch {self.epoch + 1}, learning rate "
-                       f"{self.engine.optimizer.param_groups[0]['lr']:.2g}). Most often the rate is too high: try a third of "
-                       f"it, or clip=1.0; else look for NaN in the images or a division by zero in a loss of your own. {kept}.")
+        lr = self.engine.optimizer.param_groups[0]["lr"]
+        check_loss(loss, self.progress, lr, self.out/"state.pt" if self.out else None)
 
     def _asked_to_stop(self) -> bool:
         if self.engine.world == 1: return bool(self._request)
-        return self.step % 10 == 0 and any(self.engine.gather(bool(self._request)))
-
-    def _leave(self) -> None:
-        if self.out is None: raise Interrupted(f"stopped at step {self.step}. Nothing was saved: give out=FOLDER to keep a run")
-        folder = self.save()
-        raise Interrupted(f"stopped at step {self.step} (epoch {self.epoch + 1}) and saved in {folder}. To go on: build the "
-                          f"same Learner, then learner.resume({str(folder)!r}).fit(...), or synseg train ... --resume")
+        return self.progress.step % 10 == 0 and any(self.engine.gather(bool(self._request)))
 
     def _each(self, event: str, *args) -> None:
         for callback in self.callbacks: getattr(callback, event)(self, *args)
