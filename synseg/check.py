@@ -38,12 +38,11 @@ def expect_fail(exc: type[BaseException] = Exception, contains: str = ""):
     else:
         raise AssertionError(f"nothing failed; expected {exc.__name__} with {contains!r}")
 
-# %% ../nbs/01_check.ipynb #ad74e1e1
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     "Number of parameters, shared ones once; with `trainable=True` only those that receive gradients"
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
-# %% ../nbs/01_check.ipynb #8c40baf2
+# %% ../nbs/01_check.ipynb #ad74e1e1
 @dataclass(frozen=True)
 class TraceRow:
     module: str      # dotted name inside the model
@@ -56,29 +55,21 @@ class Trace(list):
     "Rows of `trace`, in the order of the calls; prints as a table, in notebooks as HTML"
     header = ("module", "kind", "in", "out", "parameters")
 
-    @property
-    def parameters(self) -> int:
-        "Parameters of all rows"
-        return sum(row.parameters for row in self)
-
     def _cells(self):
         shape = lambda s: "×".join(map(str, s))
         rows = [(r.module, r.kind, shape(r.inputs), shape(r.output), f"{r.parameters:,}") for r in self]
-        return [*rows, ("total", "", "", "", f"{self.parameters:,}")]
+        return [*rows, ("total", "", "", "", f"{sum(row.parameters for row in self):,}")]
 
-    def __str__(self):
+    def __repr__(self):
         rows = [self.header, *self._cells()]
         widths = [max(map(len, column)) for column in zip(*rows)]
         line = lambda r: "  ".join([c.ljust(w) for c, w in zip(r[:4], widths)] + [r[4].rjust(widths[4])])
         return "\n".join(line(r).rstrip() for r in rows)
 
-    __repr__ = __str__
-
     def _repr_html_(self):
         row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
         return "<table>" + row(self.header, "th") + "".join(row(c, "td") for c in self._cells()) + "</table>"
 
-# %% ../nbs/01_check.ipynb #a130b327
 def _first_tensor(value) -> Tensor | None:
     "The first tensor in nested tuples, lists and dictionaries"
     if isinstance(value, Tensor): return value
@@ -93,23 +84,18 @@ def _evaluating(model: nn.Module):
     finally:
         for module, mode in modes: module.training = mode
 
-def trace(model: nn.Module,
-          x: Tensor,                # an input, (N, C, H, W)
-          depth: int | None = None, # None: every leaf module; 1: the model's direct children; ...
-         ) -> Trace:
-    "Run `x` through `model` in eval mode and record what goes in and out of each module, in order of the calls"
+def trace(model: nn.Module, x: Tensor, depth: int | None = None) -> Trace:
+    """Run `x` (N, C, H, W) through `model` in eval mode and record what goes in and out of each module, in order of the
+    calls. `depth`: None for every leaf module, 1 for the model's direct children, 2 for theirs, ..."""
     rows, seen = Trace(), set()
-
     def hook(name, module, args, output):
         shape = lambda value: tuple(t.shape) if (t := _first_tensor(value)) is not None else ()
         new = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, new))
         rows.append(TraceRow(name, type(module).__name__, shape(args), shape(output), sum(p.numel() for p in new)))
-
     def wanted(name, module):
         leaf, level = not any(True for _ in module.children()), name.count(".") + 1
         return name and (leaf if depth is None else level == depth or leaf and level < depth)
-
     handles = [m.register_forward_hook(lambda mod, a, out, n=n: hook(n, mod, a, out))
                for n, m in model.named_modules() if wanted(n, m)]
     try:
@@ -125,12 +111,9 @@ def _wake(model: nn.Module) -> None:
         for p in model.parameters():
             if p.is_floating_point() and not p.any(): p.normal_(0, 0.1)
 
-def receptive_map(model: nn.Module,
-                  size=(129, 129),      # input height and width, or one number for both
-                  in_channels: int = 3,
-                  samples: int = 8,     # random inputs: max pooling and ReLU hide a part of the field from each
-                 ) -> Tensor:           # (H, W) float64, |d output at the centre / d input|, summed over inputs and channels
-    "Which input pixels the output's centre pixel listens to, by gradient, in eval mode and double precision"
+def receptive_map(model: nn.Module, size=(129, 129), in_channels: int = 3, samples: int = 8) -> Tensor:
+    """Which input pixels the output's centre pixel listens to: (H, W) float64, |d centre / d input| in eval mode.
+    `size`: height and width, or one number; `samples`: random inputs, since max pooling and ReLU hide a part from each."""
     height, width = (size, size) if isinstance(size, int) else size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -155,7 +138,6 @@ def _require(condition, message: str) -> None:
     if not condition: raise AssertionError(message)
 
 def _check_logits(logits, x: Tensor, num_classes: int, when: str) -> None:
-    "One logits tensor against its input"
     expected = (len(x), num_classes, *x.shape[-2:])
     _require(isinstance(logits, Tensor),
              f"{when}: forward returned {type(logits).__name__}; it must return the logits alone, a tensor {expected}. "
@@ -192,21 +174,15 @@ def _check_batch_of_one(model, num_classes: int, in_channels: int, size) -> None
         return
     _check_logits(logits, x, num_classes, "train mode, batch of one")
 
-def _with_aux(model, x: Tensor) -> list[Tensor]:
-    "Logits and auxiliary logits"
-    if not hasattr(model, "forward_aux"): return [model(x)]
-    logits, aux = model.forward_aux(x)
-    return [logits, *aux]
-
-def _check_gradients(model, in_channels: int, size, num_classes: int) -> None:
+def _check_gradients(model, in_channels: int, size) -> None:
     "Each trainable parameter moves some logit, main or auxiliary"
     _wake(model)
-    x = torch.rand(2, in_channels, *size)
-    if hasattr(model, "forward_aux"):
-        with torch.no_grad(): same = torch.allclose(model.eval().forward_aux(x)[0], model(x), rtol=1e-3, atol=1e-4)
-        _require(same, "forward_aux(x)[0] and forward(x) differ in eval mode; the first must be the logits themselves")
+    x, forward = torch.rand(2, in_channels, *size), getattr(model, "forward_aux", lambda x: (model(x), []))
+    with torch.no_grad(), _evaluating(model): same = torch.allclose(forward(x)[0], model(x), rtol=1e-3, atol=1e-4)
+    _require(same, "forward_aux(x)[0] and forward(x) differ in eval mode; the first must be the logits themselves")
     model.train().zero_grad()
-    sum((out * torch.randn_like(out)).sum() for out in _with_aux(model, x)).backward()
+    logits, aux = forward(x)
+    sum((out * torch.randn_like(out)).sum() for out in [logits, *aux]).backward()
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     name = lambda found: ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
     unused = [n for n, p in trainable if p.grad is None]
@@ -252,15 +228,11 @@ def _check_learning(model, images: Tensor, labels: Tensor, steps: int, lr: float
     return dict(loss_before=before, loss_after=after, accuracy=accuracy, majority=majority)
 
 # %% ../nbs/01_check.ipynb #a1ec4652
-def check_segmenter(build,                # () -> a fresh network
-                    num_classes: int = 5,
-                    in_channels: int = 3,
-                    sizes=((64, 64), (67, 93), (98, 65)), # heights x widths tried; odd ones on purpose
-                    images: Tensor | None = None, # (n, C, H, W) a small set to learn, and
-                    labels: Tensor | None = None, # (n, H, W) int64, 255 = void
-                    steps: int = 60, lr: float = 3e-3, batch_size: int = 4, seed: int = 0,
-                   ) -> dict: # parameters; with images also loss_before, loss_after, accuracy, majority
-    "The contract that every network of the library signs; AssertionError in plain words where one clause is broken"
+def check_segmenter(build, num_classes: int = 5, in_channels: int = 3, sizes=((64, 64), (67, 93), (98, 65)),
+                    images: Tensor | None = None, labels: Tensor | None = None,
+                    steps: int = 60, lr: float = 3e-3, batch_size: int = 4, seed: int = 0) -> dict:
+    """The contract that every network signs; AssertionError in plain words where a clause is broken, else a short report.
+    `build()` gives a fresh network. With `images` (n, C, H, W) and `labels` (n, H, W) it must also learn that small set."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
@@ -268,7 +240,7 @@ def check_segmenter(build,                # () -> a fresh network
         _require(build() is not model, "build() returns the same network twice; it must make a fresh one at each call")
         _check_shapes(model, num_classes, in_channels, sizes)
         _check_batch_of_one(model, num_classes, in_channels, sizes[0])
-        _check_gradients(model, in_channels, sizes[-1], num_classes)
+        _check_gradients(model, in_channels, sizes[-1])
         _check_round_trip(model, build, in_channels, sizes[0])
         report = dict(parameters=count_parameters(model))
         if images is not None: report |= _check_learning(build(), images, labels, steps, lr, batch_size)
