@@ -6,21 +6,21 @@
 __all__ = ['AUX_WEIGHT', 'adamw', 'num_classes_of', 'weighted_loss', 'order_of', 'check_batch', 'OwnItems', 'Engine']
 
 # %% ../nbs/89_engine.ipynb #61964f56
-import os
+import os, time
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .core import VOID
-from .datasets import Seeded, _seeded
+from .datasets import Seeded
 from .labels import check_labels
 from .losses import CrossEntropyLoss, sqrt_frequency_weights
 from .schedules import ClassBalancedSampler, Ema, EpochSampler
-from .scoring import label_space_of, pixel_counts, source_of, uses_bf16
+from .scoring import confusion, label_space_of, pixel_counts, report, source_of, uses_bf16
 
 # %% ../nbs/89_engine.ipynb #1551938e
 def adamw(model: nn.Module, lr: float = 3e-3, weight_decay: float = 1e-2) -> torch.optim.AdamW:
@@ -73,11 +73,8 @@ def _size(x: Tensor) -> str: return f"{x.shape[-2]}x{x.shape[-1]}"
 
 # %% ../nbs/89_engine.ipynb #c5196913
 class OwnItems(Seeded):
-    "The data set's own items, made under a seed of (seed, epoch, index); wrappers inside hear of the epoch too"
-    def __init__(self, dataset: Dataset, seed: int): super().__init__(dataset, lambda *item: item, seed)
-
-    def __getitem__(self, i: int):
-        with _seeded(self.seed, self.epoch, i): return self.dataset[i]
+    "The data set's own items, drawn under (seed, epoch, index); wrappers inside it hear of the epoch too"
+    def __init__(self, dataset: Dataset, seed: int): super().__init__(dataset, None, seed)
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
@@ -131,6 +128,11 @@ class Engine:
         "Whether the last batch ended in an update of the weights"
         return self.accelerator.sync_gradients
 
+    @property
+    def lr(self) -> float:
+        "The learning rate before the schedule's factor"
+        return self.optimizer.param_groups[0]["initial_lr"]
+
     def averaged(self) -> nn.Module:
         "The averaged model where there is one, else the model"
         return self.ema.module if self.ema else self.model
@@ -152,11 +154,11 @@ class Engine:
             raise ValueError(f"the model gives {_size(logits)} for labels of {_size(labels)}; expected one size for both")
         return sum((AUX_WEIGHT*self.loss(a.float(), labels, *extra) for a in aux), self.loss(logits.float(), labels, *extra))
 
-    def step(self, factor: float, images: Tensor, labels: Tensor, *extra: Tensor, check: Callable = lambda loss: None) -> Tensor:
+    def step(self, factor: float, images: Tensor, labels: Tensor, *extra: Tensor, check: Callable | None = None) -> Tensor:
         "Learn from one batch at `factor` times the learning rate; `check(loss)` may raise before anything has changed"
         with self.accelerator.accumulate(self.net):
             loss = self.loss_of(images, labels, *extra)
-            check(loss.detach())
+            if check: check(loss.detach())
             self.accelerator.backward(loss)
             if self.updated and self.clip: self.accelerator.clip_grad_norm_(self.net.parameters(), self.clip)
             for group in self.optimizer.param_groups: group["lr"] = group["initial_lr"]*factor
@@ -167,7 +169,7 @@ class Engine:
 
     def begin(self) -> None:
         "Before a loop: accumulation is shared by all accelerators of a process, so say again what ours is"
-        self.accelerator.gradient_accumulation_steps, self.accelerator.step = self.accumulate, 0
+        self.accelerator.gradient_accumulation_steps, self.accelerator.step, self._clock = self.accumulate, 0, None
 
     def gather(self, item) -> list:
         "What each process holds, in order of rank"
@@ -176,6 +178,19 @@ class Engine:
     def from_main(self, item):
         "The first process's item, in every process"
         return item if self.world == 1 else broadcast_object_list([item])[0]
+
+    def clock(self, step: int, seconds: float) -> float:
+        "The first process's `seconds`, asked every tenth step, so that all use one learning rate and stop together"
+        if self.world == 1: return seconds
+        if self._clock is None or step >= self._clock[0] + 10: self._clock = step, self.from_main(seconds)
+        return self._clock[1]
+
+    def evaluate(self, dataset: Dataset, size: tuple[int, int] | None, batch_size: int, precision: str) -> dict:
+        "Scores of the averaged model as in `scoring.evaluate`, the images shared out among the processes"
+        start = time.perf_counter()
+        part = dataset if self.world == 1 else Subset(dataset, range(self.rank, len(dataset), self.world))
+        matrix, *others = self.gather(confusion(self.averaged(), part, size, batch_size, precision))
+        return report(matrix.merge(*others), label_space_of(dataset), len(dataset), time.perf_counter() - start)
 
     def state(self) -> dict:
         "Weights, averaged weights and the optimiser's memory"

@@ -21,6 +21,8 @@ from .core import atomic_path
 # %% ../nbs/88_runstate.ipynb #b1e3c3a0
 class Interrupted(KeyboardInterrupt):
     "A run stopped by Ctrl-C or by a polite kill, after saving: the message says where, and how to go on"
+    @property
+    def message(self) -> str: return str(self)
 
 class Diverged(ValueError):
     "The loss is no longer a number: the message says at which step, what to try, and where the last good weights are"

@@ -6,13 +6,13 @@
 __all__ = ['Learner']
 
 # %% ../nbs/12_train.ipynb #1b875709
-import math, time
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from .callbacks import Callback, MetricsLog, usual_callbacks
 from .core import seed_everything
@@ -20,12 +20,12 @@ from .engine import Engine, OwnItems, adamw, check_batch, num_classes_of, order_
 from .runstate import (Diverged, Progress, all_finite, check_loss, check_same_run, interrupted, load_state, rng_state,
                              save_state, save_weights, set_rng_state, stop_requests)
 from .schedules import Schedule, cosine
-from .scoring import confusion, label_space_of, report
+from .scoring import label_space_of
 from .zoo import load_model, save_model
 
 # %% ../nbs/12_train.ipynb #38c524ac
-class _Run:
-    "What a run is made of, and how far it has come"
+class _Parts:
+    "What a run is made of"
     def __init__(self, model: nn.Module, train: Dataset | None, valid: Dataset | None = None,
                  loss: Callable | None = None, optimizer: torch.optim.Optimizer | Callable | None = None,
                  schedule: Schedule | None = None, *, batch_size: int = 8, lr: float = 3e-3, weight_decay: float = 1e-2,
@@ -40,19 +40,20 @@ class _Run:
         self.out, self.eval_size, self.validations = Path(out) if out else None, eval_size, validations
         self.num_classes = num_classes_of(train, model) if train is not None else None
         if train is not None: loss = loss or weighted_loss(train, self.num_classes, class_weights)
-        optimizer = optimizer or (lambda m: adamw(m, lr, weight_decay))
-        self.engine = Engine(model, loss, optimizer, precision, accumulate, clip, ema)
+        self.engine = Engine(model, loss, optimizer or (lambda m: adamw(m, lr, weight_decay)), precision, accumulate, clip, ema)
         self.config = dict(batch_size=batch_size, seed=seed, accumulate=accumulate, ema=ema, bf16=self.engine.bf16,
                            processes=self.engine.world)
         self.progress, self.stop, self.last_loss = Progress(), None, torch.tensor(math.nan)
         self.log = MetricsLog(self.out/"metrics.jsonl" if self.out and self.engine.main else None)
-        self._rng, self._goal, self._clock = None, (1, None), (-10, 0.0)
-        if train is not None: self._lay_out_data(sampler, workers)
+        self._rng, self._goal = None, (1, None)
+        if train is not None: self._lay_out(sampler, workers)
         usual = usual_callbacks(self.out, train if valid is None else valid, progress, tensorboard)
         self.callbacks = [*(usual if self.engine.main else []), *callbacks]
 
-    def _lay_out_data(self, sampler, workers: int | None) -> None:
-        # Seeded makes the augmentation of an item a function of (seed, epoch, index): no worker or order changes it.
+# %% ../nbs/12_train.ipynb #f74a2bb5
+class _Run(_Parts):
+    "The data in their order, and how much of the run is done"
+    def _lay_out(self, sampler, workers: int | None) -> None:
         self.data = self.train if hasattr(self.train, "set_epoch") else OwnItems(self.train, self.seed)
         self.sampler = order_of(self.train, self.num_classes, sampler, self.seed)
         self.loader = self.engine.loader(self.data, self.batch_size, self.sampler, workers)
@@ -63,9 +64,7 @@ class _Run:
     @property
     def device(self) -> torch.device: return self.engine.device
     @property
-    def history(self) -> list[dict]:
-        "One dictionary per epoch, the rows of metrics.jsonl"
-        return self.log.rows
+    def history(self) -> list[dict]: return self.log.rows  # one dictionary per epoch, as in metrics.jsonl
 
     def averaged(self) -> nn.Module:
         "The model that is scored and saved: the moving average where `ema` is on, else the model itself"
@@ -73,29 +72,22 @@ class _Run:
 
     def fraction(self) -> float:
         "Share of the run that is done: of its batches or, where `minutes` was given, of its time, whichever is more"
-        epochs, minutes = self._goal
-        done = (self.progress.epoch + self.progress.batch/len(self.loader))/epochs
-        return min(1.0, max(done, self._shared_time()/(60*minutes)) if minutes else done)
+        (epochs, minutes), p = self._goal, self.progress
+        done = (p.epoch + p.batch/len(self.loader))/epochs
+        if minutes: done = max(done, self.engine.clock(p.step, p.elapsed())/(60*minutes))
+        return min(1.0, done)
 
-    def _shared_time(self) -> float:
-        "The first process's clock, asked every tenth step, so that all processes use one learning rate and stop together"
-        if self.engine.world == 1: return self.progress.elapsed()
-        step = self.progress.step
-        if step >= self._clock[0] + 10: self._clock = step, self.engine.from_main(self.progress.elapsed())
-        return self._clock[1]
-
-# %% ../nbs/12_train.ipynb #f74a2bb5
-class _Checkpoints(_Run):
-    "Saving, loading, going on"
+# %% ../nbs/12_train.ipynb #ac9c5f6f
+class _Saving(_Run):
+    "All that must be remembered, and where it is written"
     def state(self) -> dict:
-        "All that a run must remember to go on exactly: tensors and plain values only"
+        "Tensors and plain values only"
         return dict(config=self.config, progress=self.progress.to_dict(), rows=self.history,
                     rng=self.engine.gather(rng_state()), **self.engine.state())
 
     def save(self, path: str | Path | None = None) -> Path:
         "Write state.pt (to go on) and last.safetensors (to use) into the folder `path`, by default the run's own"
-        folder = Path(path or self.out or "run")
-        state = self.state()
+        folder, state = Path(path or self.out or "run"), self.state()
         if not all_finite(self.model): raise Diverged("some weights are no numbers: they are not saved, the last state stands")
         if self.engine.main:
             save_state(state, folder/"state.pt")
@@ -108,6 +100,9 @@ class _Checkpoints(_Run):
         if getattr(model, "card", None) is None: save_weights(model, path)  # a network that is in no zoo
         else: save_model(model, path, label_space_of(self.train), self.eval_size, dict(step=self.progress.step))
 
+# %% ../nbs/12_train.ipynb #007aeb01
+class _Resuming(_Saving):
+    "Going on from what was written"
     def resume(self, path: str | Path | None = None) -> "Learner":
         """Take up the run in the folder `path` where its last checkpoint stands; `fit` with the same epochs then ends in
         the same weights, bit for bit on one machine, as if it had never stopped (with `minutes`: nearly so).
@@ -130,12 +125,91 @@ class _Checkpoints(_Run):
         """
         path = Path(path)
         model = load_model(path/"model.safetensors" if path.is_dir() else path)
-        settings.setdefault("eval_size", model.card.input_size)
-        learner = cls(model, train, valid, **settings)
+        learner = cls(model, train, valid, **{"eval_size": model.card.input_size, **settings})
         return learner.resume(path) if train is not None and (path/"state.pt").is_file() else learner
 
-# %% ../nbs/12_train.ipynb #ac9c5f6f
-class Learner(_Checkpoints):
+# %% ../nbs/12_train.ipynb #d3365fcc
+class _Scoring(_Resuming):
+    "How good it is by now"
+    def evaluate(self, dataset: Dataset | None = None) -> dict:
+        "mean_iou, pixel_accuracy, iou per class name, images, seconds, on `dataset` or else on the validation set"
+        dataset = self.valid if dataset is None else dataset
+        if dataset is None: raise ValueError("nothing to evaluate on: give a data set, or Learner(..., valid=...)")
+        return self.engine.evaluate(dataset, self.eval_size, self.batch_size, self.precision)
+
+    def _validation(self) -> dict:
+        "Scores for the log where a validation is due; the best weights so far are kept"
+        passed = self.validations if self.stop else int(self.fraction()*self.validations + 1e-9)
+        if self.valid is None or passed <= self.progress.validated: return {}
+        self.progress.validated, scores = passed, self.evaluate()
+        if scores["mean_iou"] > self.progress.best:
+            self.progress.best = scores["mean_iou"]
+            if self.out and self.engine.main: self._save_weights(self.out/"model.safetensors")
+        return {k: scores[k] for k in ("mean_iou", "pixel_accuracy", "iou")}
+
+# %% ../nbs/12_train.ipynb #416c8bab
+class _Stepping(_Scoring):
+    "From one batch to the next"
+    def _batches(self) -> Iterator[list[Tensor]]:
+        "What this epoch has not yet seen"
+        p = self.progress
+        for part in (self.data, self.loader, self.sampler): part.set_epoch(p.epoch)
+        self.sampler.skip(p.batch*self.batch_size*self.engine.world)
+        for batch in self.loader:
+            self._restore_rng()
+            yield batch
+        self._restore_rng()  # a run resumed at the very end of an epoch has no batch left
+
+    def _restore_rng(self) -> None:
+        "Once the loader has begun: what it drew before is not part of the run"
+        if self._rng is not None: set_rng_state(self._rng)
+        self._rng = None
+
+    def _learn(self, images: Tensor, labels: Tensor, *extra: Tensor) -> None:
+        p, state = self.progress, self.out and self.out/"state.pt"
+        if p.images == 0 and self.engine.world == 1:
+            check_batch(images, labels, self.train, self.sampler.order(), self.num_classes)
+        factor, every = self.schedule(self.fraction()), 1 if self.device.type == "cpu" else 20  # reading it makes a GPU wait
+        check = (lambda loss: check_loss(loss, p, factor*self.engine.lr, state)) if p.step % every == 0 else None
+        self.last_loss = self.engine.step(factor, images, labels, *extra, check=check)
+        p.count(self.last_loss, len(images)*self.engine.world)
+        p.step += self.engine.updated
+        if self.engine.updated: self._each("on_step")
+
+    def _each(self, event: str, *args) -> None:
+        for callback in self.callbacks: getattr(callback, event)(self, *args)
+
+# %% ../nbs/12_train.ipynb #4284ce02
+class _Epochs(_Stepping):
+    "One epoch, and what follows it"
+    def _one_epoch(self) -> None:
+        self.progress.start_epoch()
+        self.model.train()
+        for batch in self._batches():
+            self._learn(*batch)
+            if not self.engine.updated: continue
+            if self._asked_to_stop(): raise interrupted(self.progress, self.out and self.save())
+            if self.out and self.save_every and self.progress.step % self.save_every == 0: self.save()
+            if self.fraction() >= 1 or self.stop: break
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        p = self.progress
+        row = dict(epoch=p.epoch + 1, step=p.step, images=p.images, loss=p.mean_loss(),
+                   lr=self.engine.optimizer.param_groups[0]["lr"], images_per_second=round(p.images_per_second(), 1))
+        p.end_epoch()
+        row |= self._validation()
+        self.log.append(dict(row, seconds=round(p.elapsed(), 1)))
+        self._each("on_epoch", self.history[-1])
+        if self.out: self.save()
+        if self._asked_to_stop(): raise interrupted(p, self.out)
+
+    def _asked_to_stop(self) -> bool:
+        if self.engine.world == 1: return bool(self._request)
+        return self.progress.step % 10 == 0 and any(self.engine.gather(bool(self._request)))
+
+# %% ../nbs/12_train.ipynb #cf93da0f
+class Learner(_Epochs):
     """Trains a segmentation model on pairs of image and label, and goes on exactly where it was stopped.
 
     `train`, `valid`: data sets of (image (3, H, W) float in [0, 1], label (H, W) int64 with 255 for void). `loss`,
@@ -145,8 +219,7 @@ class Learner(_Checkpoints):
     batches per update, gradients clipped to norm `clip`, `ema` the decay of averaged weights. `sampler`: None,
     'balanced' or your own. `workers` processes load data (None: none on a CPU). `save_every` steps the state is saved,
     besides every epoch. `eval_size` (height, width): at which size the model sees images when it is scored.
-    `validations`: how often, at the ends of epochs, at most.
-    """
+    `validations`: how often, at the ends of epochs, at most."""
     def fit(self, epochs: int | None = None, minutes: float | None = None) -> "Learner":
         """Train until `epochs` are done in all, or `minutes` of wall time are over, whichever is first.
 
@@ -171,86 +244,7 @@ class Learner(_Checkpoints):
             raise ValueError(f"fit(epochs={epochs}, minutes={minutes}): expected positive numbers")
         self._goal, self.stop = (epochs or 10**6, minutes), None
         self.engine.begin()
-        if self.progress.step == 0:
+        if self.progress.images == 0:
             seed_everything(self.seed + self.engine.rank)
             self.log.replace([])
         self.progress.start()
-
-    def _one_epoch(self) -> None:
-        self.progress.start_epoch()
-        self.model.train()
-        for batch in self._batches():
-            self._learn(*batch)
-            if not self.engine.updated: continue
-            if self._asked_to_stop(): raise interrupted(self.progress, self.out and self.save())
-            if self.save_every and self.progress.step % self.save_every == 0 and self.out: self.save()
-            if self.fraction() >= 1 or self.stop: break
-        self._end_epoch()
-
-    def _batches(self) -> Iterator[list[Tensor]]:
-        "What this epoch has not yet seen; the generators are put back where a resumed run left them"
-        self.data.set_epoch(self.progress.epoch)
-        self.loader.set_epoch(self.progress.epoch)
-        self.sampler.set_epoch(self.progress.epoch)
-        self.sampler.skip(self.progress.batch*self.batch_size*self.engine.world)
-        for batch in self.loader:
-            self._restore_rng()
-            yield batch
-        self._restore_rng()  # a run resumed at the very end of an epoch has no batch left
-
-    def _restore_rng(self) -> None:
-        if self._rng is not None: set_rng_state(self._rng)
-        self._rng = None
-
-    def _learn(self, images: Tensor, labels: Tensor, *extra: Tensor) -> None:
-        if self.progress.images == 0 and self.engine.world == 1:
-            check_batch(images, labels, self.train, self.sampler.order(), self.num_classes)
-        every = 1 if self.device.type == "cpu" else 20  # reading the loss makes a GPU wait
-        check = self._check_loss if self.progress.step % every == 0 else (lambda loss: None)
-        self.last_loss = self.engine.step(self.schedule(self.fraction()), images, labels, *extra, check=check)
-        self.progress.count(self.last_loss, len(images)*self.engine.world)
-        if self.engine.updated:
-            self.progress.step += 1
-            self._each("on_step")
-
-    def _end_epoch(self) -> None:
-        p = self.progress
-        row = dict(epoch=p.epoch + 1, step=p.step, images=p.images, loss=p.mean_loss(),
-                   lr=self.engine.optimizer.param_groups[0]["lr"], images_per_second=round(p.images_per_second(), 1))
-        p.end_epoch()
-        if self.valid is not None and self._validation_due(): row |= self._validate()
-        self.log.append(dict(row, seconds=round(p.elapsed(), 1)))
-        self._each("on_epoch", self.history[-1])
-        if self.out: self.save()
-        if self._asked_to_stop(): raise interrupted(self.progress, self.out)
-
-    def _validation_due(self) -> bool:
-        passed = self.validations if self.stop else int(self.fraction()*self.validations + 1e-9)
-        due, self.progress.validated = passed > self.progress.validated, max(passed, self.progress.validated)
-        return due
-
-    def _validate(self) -> dict:
-        scores = self.evaluate()
-        if scores["mean_iou"] > self.progress.best:
-            self.progress.best = scores["mean_iou"]
-            if self.out and self.engine.main: self._save_weights(self.out/"model.safetensors")
-        return {k: scores[k] for k in ("mean_iou", "pixel_accuracy", "iou")}
-
-    def evaluate(self, dataset: Dataset | None = None) -> dict:
-        "mean_iou, pixel_accuracy, iou per class name, images, seconds, on `dataset` or else on the validation set"
-        dataset, start, world = self.valid if dataset is None else dataset, time.perf_counter(), self.engine.world
-        if dataset is None: raise ValueError("nothing to evaluate on: give a data set, or Learner(..., valid=...)")
-        part = dataset if world == 1 else Subset(dataset, range(self.engine.rank, len(dataset), world))
-        matrix, *others = self.engine.gather(confusion(self.averaged(), part, self.eval_size, self.batch_size, self.precision))
-        return report(matrix.merge(*others), label_space_of(dataset), len(dataset), time.perf_counter() - start)
-
-    def _check_loss(self, loss: Tensor) -> None:
-        lr = self.engine.optimizer.param_groups[0]["lr"]
-        check_loss(loss, self.progress, lr, self.out/"state.pt" if self.out else None)
-
-    def _asked_to_stop(self) -> bool:
-        if self.engine.world == 1: return bool(self._request)
-        return self.progress.step % 10 == 0 and any(self.engine.gather(bool(self._request)))
-
-    def _each(self, event: str, *args) -> None:
-        for callback in self.callbacks: getattr(callback, event)(self, *args)
