@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .core import atomic_path
+from .labels import LabelSpace
 from .segmenter import ModelEntry, ModelInfo, Segmenter
 from .unet import ENTRIES as UNETS
 
@@ -64,7 +65,6 @@ class ModelCard:
     @classmethod
     def from_json(cls, text: str) -> ModelCard:
         d = json.loads(text)
-        if d.get("label_space"): from synseg.labels import LabelSpace
         space, size = d.get("label_space"), d.get("input_size")
         return cls(d["name"], d["num_classes"], d["in_channels"], d["options"],
                    LabelSpace.from_dict(space) if space else None, tuple(size) if size else None, d.get("extra") or {})
@@ -130,6 +130,35 @@ def _imagenet_state(model: Segmenter) -> Mapping[str, Tensor]:
         raise FileNotFoundError(f"could not download {file} from {weight.url} ({error}). Fetch it on a machine with a network and "
                                 f"put it at {folder / file}, or pass its path as encoder_weights=, or None for a random start") from error
 
+# %% ../nbs/15_zoo.ipynb #8a897100
+def _load_whole(model: Segmenter, weights: str | Path) -> None:
+    "Fill a new model from a checkpoint after comparing the cards"
+    path, want = _weights_path(model.card.name, weights), model.card
+    card = read_card(path)
+    if card.name != want.name:
+        raise ValueError(f"{path} holds {card.name}, not {want.name}: use create_model({card.name!r}, ...) or load_model(path)")
+    if card.num_classes != want.num_classes:
+        names = f" ({', '.join(card.label_space.names)})" if card.label_space else ""
+        raise ValueError(f"{path} was trained for {card.num_classes} classes{names}; num_classes is {want.num_classes}. Use "
+                         f"load_model(path) or num_classes={card.num_classes}, and replace the last layer to learn other classes")
+    defaults = model_options(card.name)
+    if (card.in_channels, {**defaults, **card.options}) != (want.in_channels, {**defaults, **want.options}):
+        raise ValueError(f"{path} was built with in_channels={card.in_channels} and options {card.options}; "
+                         f"found in_channels={want.in_channels} and {want.options}: use load_model(path)")
+    _fill(model, path)
+    model.card = card
+
+def _weights_path(name: str, weights: str | Path) -> Path:
+    shipped = Path(str(resources.files("synseg"))) / "weights"
+    if str(weights) == "scenes":
+        path = shipped / f"{name}-scenes.safetensors"
+        if path.is_file(): return path
+        have = sorted(p.name.removesuffix("-scenes.safetensors") for p in shipped.glob("*-scenes.safetensors"))
+        raise FileNotFoundError(f"no weights for {name} on scenes ship with this version"
+                                f" (there are some for: {', '.join(have) or 'no model yet'}): use weights=None, or a path")
+    if Path(weights).suffix or Path(weights).exists(): return Path(weights)
+    raise ValueError(f"weights is {str(weights)!r}; pass None, 'scenes', or the path of a .safetensors file")
+
 # %% ../nbs/15_zoo.ipynb #4c42772c
 def save_model(model: nn.Module, path: str | Path, label_space: LabelSpace | None = None,
                input_size: tuple[int, int] | None = None,  # height, width
@@ -189,32 +218,3 @@ def _fill(model: Segmenter, path: str | Path) -> None:
     try: model.load_state_dict(load_file(path))
     except SafetensorError as error: raise ValueError(_damage(Path(path), error)) from error
     except RuntimeError as error: raise ValueError(f"the tensors in {path} do not fit {model.card.name}: {error}") from error
-
-# %% ../nbs/15_zoo.ipynb #8a897100
-def _load_whole(model: Segmenter, weights: str | Path) -> None:
-    "Fill a new model from a checkpoint after comparing the cards"
-    path, want = _weights_path(model.card.name, weights), model.card
-    card = read_card(path)
-    if card.name != want.name:
-        raise ValueError(f"{path} holds {card.name}, not {want.name}: use create_model({card.name!r}, ...) or load_model(path)")
-    if card.num_classes != want.num_classes:
-        names = f" ({', '.join(card.label_space.names)})" if card.label_space else ""
-        raise ValueError(f"{path} was trained for {card.num_classes} classes{names}; num_classes is {want.num_classes}. Use "
-                         f"load_model(path) or num_classes={card.num_classes}, and replace the last layer to learn other classes")
-    defaults = model_options(card.name)
-    if (card.in_channels, {**defaults, **card.options}) != (want.in_channels, {**defaults, **want.options}):
-        raise ValueError(f"{path} was built with in_channels={card.in_channels} and options {card.options}; "
-                         f"found in_channels={want.in_channels} and {want.options}: use load_model(path)")
-    _fill(model, path)
-    model.card = card
-
-def _weights_path(name: str, weights: str | Path) -> Path:
-    shipped = Path(str(resources.files("synseg"))) / "weights"
-    if str(weights) == "scenes":
-        path = shipped / f"{name}-scenes.safetensors"
-        if path.is_file(): return path
-        have = sorted(p.name.removesuffix("-scenes.safetensors") for p in shipped.glob("*-scenes.safetensors"))
-        raise FileNotFoundError(f"no weights for {name} on scenes ship with this version"
-                                f" (there are some for: {', '.join(have) or 'no model yet'}): use weights=None, or a path")
-    if Path(weights).suffix or Path(weights).exists(): return Path(weights)
-    raise ValueError(f"weights is {str(weights)!r}; pass None, 'scenes', or the path of a .safetensors file")
