@@ -150,8 +150,7 @@ class UNet(Segmenter):
         self.check_input(x)
         return self.compute((x - self.mean) / self.std)
 
-    def forward_aux(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return (self(x), []) if self.valid else super().forward_aux(x)
+    def forward_aux(self, x: Tensor): return (self(x), []) if self.valid else super().forward_aux(x)
 
     def check_input(self, x: Tensor) -> None:
         super().check_input(x)
