@@ -100,7 +100,7 @@ def _sheet(data, n: int, title: str):
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     import numpy as np
-    from synseg.show import legend, overlay, set_style
+    from synseg.show import overlay, set_style
     set_style()
     space, columns = data.label_space, min(4, n)
     rows = -(-min(n, len(data)) // columns)
@@ -113,8 +113,9 @@ def _sheet(data, n: int, title: str):
         axis.set_axis_off()
     axis = figure.add_subplot(grid[rows, :])
     names, shares = zip(*_shares(data))
-    axis.bar(range(len(names)), [100 * s for s in shares], color=np.array(space.safe().palette) / 255, edgecolor="black", linewidth=0.5)
+    axis.bar(range(len(names)), [100 * s for s in shares], color=np.array(space.safe().palette) / 255, edgecolor="black", lw=0.5)
     axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
-    axis.set(ylabel="% of labelled pixels", yscale="log" if min(shares) > 0 else "linear")
+    for x, share in enumerate(shares): axis.text(x, 100 * share, f"{100 * share:.1f}", ha="center", va="bottom", fontsize=7)
+    axis.set(ylabel="% of labelled pixels", title="share of each class")
     figure.suptitle(title)
-    return legend(space.safe(), None, figure) if len(names) <= 24 else figure
+    return figure

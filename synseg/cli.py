@@ -83,8 +83,8 @@ def train(
     try: learner = runs.train(settings, out, root, resume, workers=workers, tensorboard=tensorboard)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}\nGo on with: synseg train --out {out} --resume") from None
-    best = max((row["mean_iou"] for row in learner.history if "mean_iou" in row), default=None)
-    typer.echo(f"{learner.images:,} images in {learner.elapsed() / 60:.1f} minutes" + (f", best mean IoU {best:.3f}" if best else "")
+    last, scores = learner.history[-1], [row["mean_iou"] for row in learner.history if "mean_iou" in row]
+    typer.echo(f"{last['images']:,} images in {last['seconds'] / 60:.1f} minutes" + (f", best mean IoU {100 * max(scores):.1f} %" if scores else "")
                + f"\nNext: synseg evaluate {out}\n      synseg predict {out} PHOTO --out out/")
 
 # %% ../nbs/92_cli.ipynb #7bbf70f5

@@ -1,0 +1,152 @@
+"Runs and recipes: the same record gives the same weights, nothing is overwritten, what is scored is never trained on"
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from synseg.labels import label_space
+from synseg.recipes import RECIPES, describe, published_scores, recipe
+from synseg.runs import VALID_SEED, Chosen, Run, read_run, scenes, score_set, settled, train, training_set
+from synseg.scenes import Scenes
+
+TINY = Run(images=12, size=(64, 64), epochs=2, batch_size=4)
+
+
+@pytest.fixture
+def files(tmp_path):
+    "A folder data set of two sequences, three classes"
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 6), ("val", 2)):
+        for part in ("images", "masks"):
+            (tmp_path / split / part).mkdir(parents=True)
+        for i in range(n):
+            name = f"{'dusk' if i % 3 == 0 else 'noon'}{i}.png"
+            Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(tmp_path / split / "images" / name)
+            Image.fromarray(rng.integers(0, 3, (70, 90), dtype=np.uint8)).save(tmp_path / split / "masks" / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("bad", [dict(loss="hinge"), dict(domain="oil"), dict(size=(20, 64)), dict(size=(64,)), dict(epochs=0),
+                                 dict(minutes=-1), dict(batch_size=0), dict(lr=0), dict(images=0)])
+def test_impossible_runs_are_refused(bad):
+    with pytest.raises(ValueError):
+        Run(**bad)
+
+
+def test_what_is_left_open_is_settled():
+    data = scenes(TINY, 10, 0)
+    assert settled(Run(), data, "cpu").size == (96, 128)
+    assert settled(Run(), data, "cpu").epochs == 2800
+    assert settled(Run(minutes=2), data).epochs is None
+    assert settled(TINY, data) == TINY
+
+
+def test_defaults_for_camvid(data_root):
+    run = Run(data="camvid")
+    data = training_set(run, data_root("camvid"))
+    on_cpu, on_gpu = settled(run, data, "cpu"), settled(run, data, "cuda")
+    assert (len(data), on_cpu.size, on_cpu.epochs, on_gpu.size) == (367, (120, 160), 76, (360, 480))
+
+
+def test_held_out_sequence_of_camvid(data_root):
+    run = Run(data="camvid", hold_out="0001TP")
+    kept, held = training_set(run, data_root("camvid")), score_set(run, data_root("camvid"))
+    assert (len(kept), len(held)) == (305, 62)
+    assert not set(kept.names) & set(held.names) and all("0001TP" in n for n in held.names)
+    assert held[0][0].shape == (3, 360, 480)
+
+
+def test_scenes_of_both_domains_take_turns():
+    data = scenes(Run(domain="both", size=(64, 64)), 6, seed=4)
+    for i in range(6):
+        image, label = Scenes(3, (64, 64), ("camera", "synthetic")[i % 2], 4)[i // 2]
+        torch.testing.assert_close(data[i][0], image)
+        assert torch.equal(torch.as_tensor(np.asarray(data.raw(i)[1])).long(), label)
+
+
+def test_training_and_scoring_scenes_differ():
+    run = Run(images=4, size=(64, 64))
+    assert not torch.equal(training_set(run)[0][0], score_set(run)[0][0]) and run.seed != VALID_SEED
+
+
+def test_a_run_repeats_to_the_bit_and_is_not_overwritten(tmp_path):
+    first = train(TINY, tmp_path / "a", progress=False)
+    run, root = read_run(tmp_path / "a")
+    assert run == settled(TINY, training_set(TINY)) and root is None
+    second = train(run, tmp_path / "b", progress=False)
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values()):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(TINY, tmp_path / "a")
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    train(TINY, tmp_path / "a", resume=True, progress=False)  # finished: nothing left to do
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before
+
+
+def test_files_one_channel_and_held_out(files, tmp_path):
+    run = Run(data="folder", in_channels=1, hold_out="dusk", size=(64, 64), epochs=1, batch_size=2)
+    learner = train(run, tmp_path / "run", files, progress=False)
+    assert learner.model.in_channels == 1 and learner.evaluate()["images"] == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["root"] == str(files)
+    with pytest.raises(ValueError, match="none is left"):
+        training_set(Run(data="folder", hold_out="n"), files) and score_set(Run(data="folder", hold_out="xyz"), files)
+    with pytest.raises(ValueError, match="--root"):
+        training_set(Run(data="folder"))
+
+
+def test_damaged_runs_are_explained(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        read_run(tmp_path)
+
+
+def test_every_recipe_is_complete():
+    for name, r in RECIPES.items():
+        assert r.name == name and r.about.endswith(".") and set(r.profiles) == {"smoke", "cpu", "gpu"}
+        assert all(run.data == "scenes" and run.images <= 64 for run in r.profiles["smoke"].values())
+        assert all((run.data == "scenes") == (r.needs is None) for run in r.profiles["cpu"].values())
+        for profile in r.profiles:
+            assert profile in describe(r, profile)
+    with pytest.raises(ValueError, match="choose one of"):
+        recipe("camvid_unet")
+    with pytest.raises(ValueError, match="no profile"):
+        recipe("unet_losses").run("tpu")
+    with pytest.raises(ValueError, match="not recorded"):
+        recipe("unet_losses").run("smoke", record="results")
+
+
+def test_a_recipe_runs_resumes_and_records(tmp_path, monkeypatch):
+    from dataclasses import replace
+    small = replace(recipe("scenes_domain_gap"), profiles={"cpu": {d: Run(domain=d, images=8, size=(64, 64), epochs=1)
+                                                                   for d in ("synthetic", "camera")}})
+    monkeypatch.setattr("synseg.recipes._domain_set", lambda learner, domain: scenes(Run(domain=domain, size=(64, 64)), 4, VALID_SEED))
+    first = small.run("cpu", out=tmp_path, record=tmp_path / "results", progress=False)
+    assert set(first) == {f"{a}_on_{b}" for a in ("synthetic", "camera") for b in ("synthetic", "camera")}
+    stamp = (tmp_path / "scenes_domain_gap" / "cpu" / "camera" / "model.safetensors").stat().st_mtime_ns
+    again = small.run("cpu", out=tmp_path, progress=False)
+    assert stamp == (tmp_path / "scenes_domain_gap" / "cpu" / "camera" / "model.safetensors").stat().st_mtime_ns
+    assert again["camera_on_camera"]["mean_iou"] == first["camera_on_camera"]["mean_iou"]
+    record = json.loads((tmp_path / "results" / "scenes_domain_gap.json").read_text())
+    assert record["config"]["profile"] == "cpu" and record["config"]["runs"]["camera"]["size"] == [64, 64]
+
+
+def test_published_network_scores_as_published(data_root):
+    root = data_root("camvid_espnet_ref").parent
+    data_root("camvid")
+    found = recipe("camvid_metric_reference").run("cpu", root)
+    expected = dict(mean_iou=0.69995, pixel_accuracy=0.92634, mean_accuracy=0.79632, frequency_weighted_iou=0.88337,
+                    mean_iou_void_charged=0.68562)
+    assert {k: round(found[k], 5) for k in expected} == expected
+
+
+def test_chosen_keeps_names_and_space():
+    class Data:
+        names, label_space = ["p", "q", "r"], label_space("camvid")
+        def raw(self, i): return i, i
+        def __getitem__(self, i): return self.names[i]
+    chosen = Chosen([(Data(), 2), (Data(), 0)])
+    assert chosen.names == ["r", "p"] and chosen[0] == "r" and chosen.raw(1) == (0, 0) and len(chosen) == 2
