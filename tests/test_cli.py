@@ -1,0 +1,312 @@
+"The command line as a user meets it: answers on stdout, sentences on stderr, exit codes 0, 2 and 130"
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from synseg.cli import app
+from synseg.inference import predict
+from synseg.zoo import create_model, load_model, save_model
+
+PROGRAM = [sys.executable, "-c", "from synseg.cli import main; main()"]
+FAST = ["--size", "64x64", "--epochs", "1", "--batch-size", "2"]
+
+
+def synseg(*words):
+    "Exit code, stdout and stderr of a command line"
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(*words):
+    "The sentence of a command that must end with exit code 2"
+    code, out, err = synseg(*words)
+    assert code == 2 and "Traceback" not in err and not out, (code, out, err)
+    return err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Six pairs of images and masks with three classes, in train and val"
+    rng = np.random.default_rng(1)
+    for split, n in (("train", 4), ("val", 2)):
+        for part, shape, top in (("images", (70, 90, 3), 255), ("masks", (70, 90), 3)):
+            (tmp_path / "data" / split / part).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(0, top, shape, dtype=np.uint8)).save(tmp_path / "data" / split / part / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run of a few seconds on scenes"
+    out = tmp_path_factory.mktemp("runs") / "first"
+    code, stdout, stderr = synseg("train", "--images", 16, *FAST, "--out", out)
+    assert code == 0 and "synseg predict" in stdout and "Traceback" not in stderr
+    return out
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.fromarray(np.random.default_rng(2).integers(0, 255, (83, 131, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
+    return tmp_path / "photo.jpg"
+
+
+def commands():
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        yield from ([[name, sub] for sub in command.commands] if hasattr(command, "commands") else [[name]])
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_help_shows_an_example(words):
+    code, out, _ = synseg(*words, "--help")
+    assert code == 0 and f"Example:\n    synseg {' '.join(words)}" in out
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    done = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "train" in done.stdout and time.perf_counter() - start < 5
+    heavy = subprocess.run([sys.executable, "-c", "import sys, synseg.cli; print('torch' in sys.modules)"], capture_output=True, text=True)
+    assert heavy.stdout.strip() == "False"
+
+
+def test_models():
+    code, out, _ = synseg("models")
+    assert code == 0 and "unet_small" in out and "488,171" in out
+    assert "arXiv 1505.04597" in synseg("models", "unet")[1]
+    assert "did you mean" in refused("models", "unett")
+
+
+def test_a_run_leaves_what_is_promised(run):
+    assert {"model.safetensors", "metrics.jsonl", "samples.png", "run.json", "state.pt"} <= {p.name for p in run.iterdir()}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["epoch"] == 1 and {"loss", "mean_iou"} <= set(rows[-1])
+    card = load_model(run / "model.safetensors").card
+    assert card.name == "unet_small" and tuple(card.input_size) == (64, 64) and card.label_space.names[3] == "Road"
+
+
+def test_evaluate_prints_one_json_object(run):
+    code, out, _ = synseg("evaluate", run, "--data", "scenes", "--images", 5, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["images"] == 5 and set(result) == {"mean_iou", "pixel_accuracy", "iou", "images", "seconds"}
+    assert len(result["iou"]) == 11 and 0 <= result["mean_iou"] <= result["pixel_accuracy"] + 1 <= 2
+    table = synseg("evaluate", run, "--images", 5)[1]
+    assert f"{100 * result['mean_iou']:.1f}" in table and "Bicyclist" in table
+
+
+def test_evaluate_on_camvid(run, data_root):
+    code, out, _ = synseg("evaluate", run, "--data", "camvid", "--root", data_root("camvid"), "--split", "val", "--images", 3, "--json")
+    assert code == 0 and json.loads(out)["images"] == 3
+
+
+def test_predict_writes_three_pictures(run, photo, tmp_path):
+    code, out, _ = synseg("predict", run, photo, "--out", tmp_path / "out")
+    assert code == 0 and "%" in out
+    index, colour, overlay = (Image.open(tmp_path / "out" / f"photo_{kind}.png") for kind in ("index", "colour", "overlay"))
+    assert (index.mode, colour.mode, overlay.mode) == ("L", "RGB", "RGB")
+    assert index.size == colour.size == overlay.size == (131, 83)
+    model = load_model(run / "model.safetensors")
+    want = predict(model, photo, size=64).numpy()
+    assert (np.asarray(index) == want).mean() > 0.999
+    assert np.array_equal(np.asarray(colour), model.card.label_space.to_colour(np.asarray(index)))
+
+
+def test_tiles_do_not_change_the_answer(run, photo, tmp_path):
+    for name, words in dict(whole=[], tiles=["--tile", 64]).items():
+        assert synseg("predict", run / "model.safetensors", photo, "--size", "full", "--out", tmp_path / name, *words)[0] == 0
+    a, b = (np.asarray(Image.open(tmp_path / n / "photo_index.png")) for n in ("whole", "tiles"))
+    assert (a == b).mean() > 0.999
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_grey_and_transparent_photographs(run, photo, tmp_path, mode):
+    Image.open(photo).convert(mode).save(tmp_path / "other.png")
+    assert synseg("predict", run, tmp_path / "other.png", "--out", tmp_path / "out")[0] == 0
+
+
+def test_bad_photographs(run, photo, tmp_path):
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:300])
+    assert "cannot be read" in refused("predict", run, tmp_path / "cut.png", "--out", tmp_path)
+    assert "no image file" in refused("predict", run, tmp_path / "gone.png", "--out", tmp_path)
+    (tmp_path / "zero.png").write_bytes(b"")
+    assert "cannot be read" in refused("predict", run, tmp_path / "zero.png", "--out", tmp_path)
+
+
+def test_crf_is_announced_not_faked(run, photo, tmp_path):
+    import synseg as package
+    if hasattr(package, "DenseCRF"):
+        pytest.skip("the CRF part is there")
+    assert "arrives with the CRF part" in refused("predict", run, photo, "--crf", "dense", "--out", tmp_path)
+    assert "dense or conv" in refused("predict", run, photo, "--crf", "magic", "--out", tmp_path)
+
+
+def test_train_on_files_and_on_grey_ones(folder, tmp_path):
+    Image.open(folder / "train/images/0.png").convert("L").save(folder / "train/images/0.png")
+    Image.open(folder / "train/images/1.png").convert("RGBA").save(folder / "train/images/1.png")
+    code, _, err = synseg("train", "--data", "folder", "--root", folder, *FAST, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert json.loads(synseg("evaluate", tmp_path / "run", "--json")[1])["images"] == 2
+
+
+def test_missing_and_empty_folders(tmp_path):
+    out = tmp_path / "run"
+    assert "does not exist" in refused("train", "--data", "camvid", "--root", tmp_path / "gone", "--out", out)
+    (tmp_path / "empty").mkdir()
+    assert "expected" in refused("train", "--data", "camvid", "--root", tmp_path / "empty", "--out", out)
+    assert "--root" in refused("train", "--data", "camvid", "--out", out)
+    assert "no data set" in refused("train", "--data", "camvit", "--root", tmp_path, "--out", out)
+    assert not out.exists()
+
+
+def test_sizes_that_differ(folder, tmp_path):
+    Image.new("RGB", (40, 40)).save(folder / "train/images/2.png")
+    sentence = refused("train", "--data", "folder", "--root", folder, *FAST, "--out", tmp_path / "run")
+    assert "40x40" in sentence and "70x90" in sentence
+
+
+def test_label_out_of_range(folder, tmp_path):
+    (folder / "label_space.json").write_text(json.dumps(dict(names=["a", "b"], palette=[[0, 0, 0], [9, 9, 9]], ids=[0, 1], void=[255])))
+    sentence = refused("train", "--data", "folder", "--root", folder, *FAST, "--out", tmp_path / "run")
+    assert "label value 2" in sentence
+
+
+def test_deep_label_out_of_range(folder, tmp_path):
+    Image.fromarray(np.full((70, 90), 700, np.uint16)).save(folder / "train/masks/1.png")
+    sentence = refused("train", "--data", "folder", "--root", folder, *FAST, "--out", tmp_path / "run")
+    assert "700" in sentence or "701" in sentence
+
+
+def test_corrupt_image_in_the_training_set(folder, tmp_path):
+    path = folder / "train/images/0.png"
+    path.write_bytes(path.read_bytes()[:200])
+    assert "cannot be read" in refused("train", "--data", "folder", "--root", folder, *FAST, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("words,part", [(["--model", "unett"], "did you mean"), (["--size", "64"], "height x width"),
+                                        (["--size", "32x32"], "at least 64"), (["--epochs", "0"], "above 0"),
+                                        (["--loss", "hinge"], "choose one of"), (["--domain", "oil"], "choose one of"),
+                                        (["--option", "width"], "NAME=VALUE"), (["--option", "depht=3"], "depht"),
+                                        (["--encoder", "resnet18"], "resnet18"), (["--weights", "gone.safetensors"], "gone.safetensors")])
+def test_wrong_settings(tmp_path, words, part):
+    assert part in refused("train", "--images", 4, *FAST[2:], "--size", "64x64", *words, "--out", tmp_path / "run")
+
+
+def test_weights_of_another_model_or_class_count(run, tmp_path, folder):
+    save_model(create_model("unet_small", 3), tmp_path / "three.safetensors")
+    sentence = refused("train", "--images", 4, *FAST, "--weights", tmp_path / "three.safetensors", "--out", tmp_path / "a")
+    assert "3 classes" in sentence and "11" in sentence
+    sentence = refused("train", "--model", "unet", "--images", 4, *FAST, "--weights", run / "model.safetensors", "--out", tmp_path / "b")
+    assert "unet_small" in sentence
+    sentence = refused("evaluate", run, "--data", "folder", "--root", folder, "--json")
+    assert "11 classes" in sentence and "3" in sentence
+
+
+def test_damaged_checkpoints(run, tmp_path, photo):
+    whole = (run / "model.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "cut short or damaged" in refused("predict", tmp_path / "cut.safetensors", photo, "--out", tmp_path)
+    torch.save(dict(a=1), tmp_path / "pickle.safetensors")
+    assert "pickle" in refused("evaluate", tmp_path / "pickle.safetensors", "--data", "scenes", "--json")
+    assert "no run" in refused("evaluate", tmp_path / "gone", "--json")
+    assert "no model.safetensors" in refused("evaluate", tmp_path, "--json")
+
+
+def test_a_run_is_not_overwritten(run):
+    before = (run / "model.safetensors").read_bytes()
+    assert "--resume" in refused("train", "--images", 16, *FAST, "--out", run)
+    assert synseg("train", "--out", run, "--resume")[0] == 0
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_resume_without_a_run(tmp_path):
+    assert "holds no run" in refused("train", "--out", tmp_path / "nothing", "--resume")
+
+
+def test_disk_full(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    sentence = refused("train", "--images", 4, *FAST, "--out", tmp_path / "run")
+    assert "No space left" in sentence and "room" in sentence
+    assert not list((tmp_path / "run").glob("*.tmp")) and not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    out = tmp_path / "run"
+    words = [*PROGRAM, "train", "--images", "32", "--size", "64x64", "--epochs", "8", "--out", str(out)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and not (out / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr[-2000:]
+    assert f"synseg train --out {out} --resume" in stderr and "Traceback" not in stderr
+    done = len((out / "metrics.jsonl").read_text().splitlines())
+    assert 1 <= done < 8
+    assert synseg("train", "--out", out, "--resume")[0] == 0
+    rows = [json.loads(line)["epoch"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 9))
+
+
+def test_data_commands(folder, tmp_path):
+    assert "cityscapes" in synseg("data", "list")[1]
+    assert "register" in synseg("data", "info", "cityscapes")[1]
+    assert "class 2" in synseg("data", "info", "folder", "--root", folder)[1]
+    code, _, _ = synseg("data", "preview", "folder", "--root", folder, "--out", tmp_path / "sheet.png")
+    assert code == 0 and min(Image.open(tmp_path / "sheet.png").size) > 300
+    assert "licence" in refused("data", "download", "cityscapes", "--root", tmp_path)
+    assert "choose one of" in refused("data", "info", "mnist")
+    assert "--n" in refused("data", "preview", "scenes", "--n", 0)
+
+
+def test_data_info_names_bad_pairs(folder):
+    Image.new("RGB", (40, 40)).save(folder / "train/images/3.png")
+    out = synseg("data", "info", "folder", "--root", folder)
+    assert "40x40" in out[1] + out[2]
+
+
+def test_recipe_commands(tmp_path):
+    assert "camvid_unet_small" in synseg("recipe", "list")[1]
+    assert "hold_out='0001TP'" in synseg("recipe", "show", "camvid_unet_small_holdout", "--profile", "cpu")[1]
+    assert "choose one of" in refused("recipe", "show", "nope")
+    assert "--data-root" in refused("recipe", "run", "camvid_unet_small", "--profile", "cpu")
+    code, out, _ = synseg("recipe", "run", "camvid_metric_reference", "--out", tmp_path)
+    assert code == 0 and 0 < json.loads(out)["mean_iou"] < 1
+
+
+@pytest.mark.parametrize("form", ["ipynb", "py", "md"])
+def test_notebooks(tmp_path, form):
+    code, out, _ = synseg("notebooks", tmp_path / "course", "--format", form)
+    assert code == 0 and (tmp_path / "course" / "nbs" / f"00_core.{form}").is_file()
+    assert "--force" in refused("notebooks", tmp_path / "course", "--format", form)
+    assert synseg("notebooks", tmp_path / "course", "--format", form, "--force")[0] == 0
+    assert "ipynb, py or md" in refused("notebooks", tmp_path, "--format", "pdf")
+
+
+def test_doctor():
+    code, out, _ = synseg("doctor")
+    assert code == 0 and "float32 ok" in out and f"torch          {torch.__version__.split('+')[0]}" in out
+    found = json.loads(synseg("doctor", "--json")[1])
+    assert {p["name"] for p in found["optional"]} >= {"pydensecrf", "jupytext", "quarto"}
+
+
+def test_program_from_the_shell(run, photo, tmp_path):
+    done = subprocess.run([*PROGRAM, "predict", str(run), str(photo), "--out", str(tmp_path / "o")], capture_output=True, text=True)
+    assert done.returncode == 0 and len(list((tmp_path / "o").glob("*.png"))) == 3
+    wrong = subprocess.run([*PROGRAM, "evaluate", str(tmp_path / "gone")], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("synseg: ") and wrong.stdout == ""
+    assert Path(tmp_path / "o" / "photo_overlay.png").stat().st_size > 1000
