@@ -65,6 +65,7 @@ class ModelCard:
     @classmethod
     def from_json(cls, text: str) -> ModelCard:
         d = json.loads(text)
+        if not isinstance(d, dict): raise ValueError(f"expected a JSON object, found {type(d).__name__}")
         space, size = d.get("label_space"), d.get("input_size")
         return cls(d["name"], d["num_classes"], d["in_channels"], d["options"],
                    LabelSpace.from_dict(space) if space else None, tuple(size) if size else None, d.get("extra") or {})
@@ -193,7 +194,7 @@ def read_card(path: str | Path) -> ModelCard:
         raise ValueError(f"{path} holds tensors but not the name of a model: it was not written by save_model. "
                          "For a pretrained encoder use create_model(..., encoder_weights=path)")
     try: return ModelCard.from_json(text)
-    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"{path} has a damaged header: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error: raise ValueError(f"{path} has a damaged header: {error!r}") from error
 
 def _damage(path: Path, error: Exception) -> str:
     "Why a file is not a readable .safetensors, in words"
