@@ -50,7 +50,6 @@ setup(
         "Intended Audience :: Developers",
         "Intended Audience :: Education",
         "Intended Audience :: Science/Research",
-        "License :: OSI Approved :: Apache Software License",
         *[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
