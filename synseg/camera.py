@@ -47,7 +47,7 @@ def sample_shot(rng: np.random.Generator) -> Shot:
     sunlight = np.array((1.2, .98, .70) if evening else (1.05, 1.0, .93)) * (.2 if dull else .85 + .35 * u[4])
     ambient = np.array((.90, 1.0, 1.16)) * ((.62 if dull else .34) * (.8 + .4 * u[5]))
     airlight = np.array((.85, .76, .66) if evening else (.74, .80, .87)) * (.6 + .4 * u[6])
-    cast = np.exp(np.array((1, .1, -1)) * (u[7] - .45) * .45 + np.array((-.5, 1, -.5)) * (u[8] - .5) * .16 + (u[9] - .4))
+    cast = np.exp(np.array((1, .1, -1)) * (u[7] - .45) * .45 + np.array((-.5, 1, -.5)) * (u[8] - .5) * .16 + (u[9] - .34))
     return Shot(sun, tuple(sunlight), tuple(ambient), tuple(airlight), 1 / (60 + 900 * u[10]**1.5), .15 + .6 * u[11], .35 + .45 * u[12]**2, .15 + .5 * u[13],
                 tuple(cast), .55 + .5 * u[14], .85 + .5 * u[15], .01 + .05 * u[16]**2, int(30 + 60 * u[17]))
 
@@ -175,7 +175,8 @@ def develop(light: np.ndarray, shot: Shot, rng: np.random.Generator) -> np.ndarr
     f32 = np.float32
     grey = light @ np.full(3, 1 / 3, f32)
     light = (light * f32(shot.saturation) + (grey * f32(1 - shot.saturation))[..., None]) * np.array(shot.gains, f32)
-    light += rng.standard_normal(light.shape, f32) * (f32(shot.noise) * np.sqrt(np.maximum(light, 0) + f32(.02)))
+    normal = (rng.integers(0, 256, (4, *light.shape), np.uint8).sum(0, dtype=np.uint16) - f32(510)) * f32(1 / 147.8)
+    light += normal * (f32(shot.noise) * np.sqrt(np.maximum(light, 0) + f32(.02)))
     tones = (np.sqrt(np.clip(light, 0, 1)) - f32(.45)) * f32(shot.contrast) + f32(.45)
     return (np.clip(tones, 0, 1) * 255 + f32(.5)).astype(np.uint8)
 

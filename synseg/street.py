@@ -8,6 +8,7 @@ __all__ = ['NEAR', 'View', 'Street', 'spans', 'Polygons', 'placed', 'polygons', 
 
 # %% ../nbs/03_street.ipynb #72a76832
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -70,10 +71,13 @@ def placed(street: Street):
     lib, things = library(), sorted(street.things, key=lambda t: -t[0])
     m, place = np.array([lib.index[t[1]] for t in things]), np.array([t[2:] for t in things])
     count, corners = lib.first[m + 1] - lib.first[m], lib.vertex[m + 1] - lib.vertex[m]
-    rows = lib.rows[spans(lib.first[m], count)]
-    points = lib.points[spans(lib.vertex[m], corners)] * np.repeat(place[:, 3:6], corners, axis=0) + np.repeat(place[:, :3], corners, axis=0)
+    rows = lib.rows.take(spans(lib.first[m], count), 0)
+    points = lib.points.take(spans(lib.vertex[m], corners), 0)
+    points *= np.repeat(place[:, 3:6], corners, axis=0)
+    points += np.repeat(place[:, :3], corners, axis=0)
     points[:, 0] += street.bend * points[:, 2]**2
-    colours = np.asarray(street.colours, np.float32)[np.repeat(place[:, 6].astype(np.int64), count) + rows[:, 2].astype(np.int64)] * rows[:, 3:4]
+    paint = np.fromiter(chain.from_iterable(street.colours), np.float32).reshape(-1, 3)
+    colours = paint.take((np.repeat(place[:, 6], count) + rows[:, 2]).astype(np.int64), 0) * rows[:, 3:4]
     return points, rows, colours, np.repeat(np.sign(place[:, 3] * place[:, 4] * place[:, 5]), count)
 
 # %% ../nbs/03_street.ipynb #e54072e6
@@ -82,17 +86,17 @@ def polygons(street: Street) -> Polygons:
     points, rows, colours, mirrored = placed(street)
     sizes = rows[:, 0].astype(np.int64)
     start = np.cumsum(sizes) - sizes
-    a = points[start] - (0, street.view.height, 0)
-    (x, y, z), (p, q, r) = (points[start + 1] - points[start]).T, (points[start + 2] - points[start + 1]).T
-    normals = np.stack([y * r - z * q, z * p - x * r, x * q - y * p], 1)
-    normals /= np.sqrt((normals**2).sum(1, keepdims=True)) + 1e-12
-    offset = (normals * a).sum(1)
-    normals *= np.where(offset > 0, -1.0, 1.0)[:, None]
-    inverse = normals / np.minimum(-np.abs(offset), -1e-6)[:, None]
+    (a, b, c), eye = (np.ascontiguousarray(points.take(start + i, 0).T) for i in range(3)), np.array([[0], [street.view.height], [0]])
+    (x, y, z), (p, q, r) = b - a, c - b
+    normals = np.stack([y * r - z * q, z * p - x * r, x * q - y * p])
+    normals /= np.sqrt((normals**2).sum(0)) + 1e-12
+    offset = (normals * (a - eye)).sum(0)
+    normals *= np.where(offset > 0, -1.0, 1.0)
+    inverse = normals / np.minimum(-np.abs(offset), -1e-6)
     keep = np.flatnonzero((rows[:, 5] == 0) | (offset * mirrored < 0))
-    kept, rows = sizes[keep], rows[keep]
-    return Polygons(street.view, points[spans(start[keep], kept)], np.concatenate([[0], np.cumsum(kept)]), rows[:, 1].astype(np.uint8), colours[keep],
-                    rows[:, 6].astype(np.uint8), rows[:, 4] > 0, normals[keep], inverse[keep])
+    kept, rows = sizes[keep], rows.take(keep, 0)
+    return Polygons(street.view, points.take(spans(start[keep], kept), 0), np.concatenate([[0], np.cumsum(kept)]), rows[:, 1].astype(np.uint8),
+                    colours.take(keep, 0), rows[:, 6].astype(np.uint8), rows[:, 4] > 0, normals.T.take(keep, 0), inverse.T.take(keep, 0))
 
 # %% ../nbs/03_street.ipynb #f12cb388
 def rasterise(scene: Polygons, size: tuple[int, int], oversample: int = 2) -> np.ndarray:

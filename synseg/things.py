@@ -168,7 +168,7 @@ def cyclist_model(across: bool) -> Model:
     return m.add(disc(x, 1.57, .1, .12), 0).add(disc(x - .01, 1.63, .115, .085), 1)
 
 # %% ../nbs/85_things.ipynb #bbaa8136
-def tree_model(kind: str, seed: int, blobs: int = 20) -> Model:
+def tree_model(kind: str, seed: int, blobs: int = 17) -> Model:
     "A tree 1 m tall of kind round, tall, bush, cone or bare; codes: leaf, bark"
     rng = np.random.default_rng([seed, blobs])
     trunk, r = dict(round=(.42, .30), tall=(.3, .15), bush=(.05, .5), cone=(.2, .2), bare=(.5, .3))[kind]
@@ -223,8 +223,8 @@ def fence_models() -> dict:
     "Planks, railing, wall and guard rail, 1 m high along z from 0 to 1"
     side = wall_panel
     posts = lambda n, width, top=1.0: side([(i / n, 0, (i + width) / n, top) for i in range(n)])
-    return dict(planks=Model(FENCE).add(side((0, 0, 1, 1)), casts=True).add(posts(10, .14), 0, .74).add(side((0, .93, 1, 1)), 0, 1.12),
-                railing=Model(FENCE).add(side([(0, .9, 1, 1), (0, .1, 1, .2)]), casts=True).add(posts(40, .42), 0, .92),
+    return dict(planks=Model(FENCE).add(side((0, 0, 1, 1)), casts=True).add(posts(8, .14), 0, .74).add(side((0, .93, 1, 1)), 0, 1.12),
+                railing=Model(FENCE).add(side([(0, .9, 1, 1), (0, .1, 1, .2)]), casts=True).add(posts(28, .42), 0, .92),
                 wall=Model(FENCE).add(side((0, 0, 1, .86)), casts=True).add(side([(0, .28, 1, .32), (0, .56, 1, .6)]), 0, .82).add(side((0, .86, 1, 1)), 0, 1.2),
                 guard=Model(FENCE).add(posts(8, .12, .9), 0, .7, casts=True).add(side((0, .45, 1, 1)), casts=True).add(side((0, .68, 1, .76)), 0, .75))
 
@@ -232,7 +232,7 @@ def fence_models() -> dict:
 def ground_models() -> dict:
     "Sky (12 bands), clouds, strips of ground 1 m wide, tiles, markings, and the bonnet of our own car, which has no class"
     z, edge, x = np.geomspace(1, 190, 14), np.linspace(130, -3, 13), np.linspace(-1, 1, 9)
-    strip = np.concatenate([np.stack([0 * z, 0 * z, z], 1), np.stack([0 * z + 1, 0 * z, z], 1)[::-1]])[None]
+    strip = np.roll(np.concatenate([np.stack([0 * z, 0 * z, z], 1), np.stack([0 * z + 1, 0 * z, z], 1)[::-1]]), 1, axis=0)[None]   # three corners that span a plane come first
     tiles = lambda *t: np.array([[(x, 0, z), (x + dx, 0, z), (x + dx, 0, z + dz), (x, 0, z + dz)] for x, z, dx, dz in t])
     models = dict(sky=Model(SKY).add(panel([(-900, low, 900, high) for low, high in zip(edge[1:], edge)]), np.arange(12), material=LAMP),
                   strip=Model(ROAD).add(strip), paving=Model(PAVEMENT).add(strip), grass=Model(TREE).add(strip), tile=Model(ROAD).add(tiles((0, 0, 1, 1))),
@@ -260,7 +260,7 @@ def library() -> Library:
     models = {**window_grids(), **building_models(), **post_models(), **fence_models(), **ground_models()}
     models |= {f'{kind}{far}': car_model(*sizes, far) for kind, sizes in CARS.items() for far in (0, 1)}
     models |= {f'person{i}': person_model(*v) for i, v in enumerate(((.02, .01, 0), (.07, .05, 0), (.13, .09, 0), (.1, .06, 1), (.03, .02, 1)))}
-    models |= {f'{kind}{i}{far}': tree_model(kind, i, 7 if far else 20) for kind in ('round', 'tall', 'bush', 'cone', 'bare') for i in range(6) for far in (0, 1)}
+    models |= {f'{kind}{i}{far}': tree_model(kind, i, 7 if far else 17) for kind in ('round', 'tall', 'bush', 'cone', 'bare') for i in range(6) for far in (0, 1)}
     models |= dict(behind=cyclist_model(False), across=cyclist_model(True))
     points, rows = ([np.concatenate([part[i] for part in m.parts]) for m in models.values()] for i in (0, 1))
     ends = lambda tables: np.concatenate([[0], np.cumsum([len(t) for t in tables])])

@@ -106,7 +106,7 @@ class Plan:
 def add_tree(p: Plan, x, z, height, kind, leaf=None):
     "A tree at (x, z); far ones have fewer leaves"
     d = p.dice
-    p.place(f'{kind}{int(d(0, 6))}{int(z > 28)}', x, z, [leaf or d.pick(p.style.leaves), BARK], (height * d(.85, 1.15) * d.pick((-1, 1)), height, 1))
+    p.place(f'{kind}{int(d(0, 6))}{int(z > 24)}', x, z, [leaf or d.pick(p.style.leaves), BARK], (height * d(.85, 1.15) * d.pick((-1, 1)), height, 1))
 
 def add_fence(p: Plan, x, z, length, kinds=('planks', 'railing', 'wall', 'guard')):
     "A fence along the street, in pieces of about 12 m so that the painter can sort them"
@@ -131,7 +131,7 @@ def add_car(p: Plan, x, z, ahead, kinds=None):
     d, kind = p.dice, p.dice.pick(kinds or p.style.cars)
     body = d.pick(p.style.paints)
     colours = [body, (48, 58, 68), (28, 28, 30), (190, 30, 30), (245, 240, 220), (235, 225, 170), tone(body, .35), tone(p.asphalt, .45)]
-    p.place(f'{kind}{int(z > 30)}', x, z if ahead else z + CARS[kind][0], colours, (1, 1, 1) if ahead else (-1, 1, -1), key=z)
+    p.place(f'{kind}{int(z > 24)}', x, z if ahead else z + CARS[kind][0], colours, (1, 1, 1) if ahead else (-1, 1, -1), key=z)
 
 # %% ../nbs/84_town.ipynb #cb5db116
 def add_backdrop(p: Plan):
@@ -169,6 +169,7 @@ def add_building(p: Plan, side, wall, z0, length):
     s, d = p.style, p.dice
     floors, storey = min(max(int(p.storeys + d(-1.3, 1.6)), 1), 7), d(2.9, 3.5)
     high, x, deep = (floors + .12) * storey, side * wall, side * d(9, 13)
+    if z0 + length < .4 * wall: return
     bays = min(max(int(length / d(2.2, 3.6)), 2), 7)
     colours = [tone(d.pick(s.walls), d(.92, 1.08)), d.pick(s.trims), s.glass, d.pick(s.shops), d.pick(s.tiles), d.pick(DOORS)]
     put = lambda name, y=0.0, tall=1.0, wide=side: p.place(name, x, z0, colours, (wide, tall, length), y, key=z0 + length)
@@ -180,7 +181,7 @@ def add_building(p: Plan, side, wall, z0, length):
     shop, awning, kind = d() < .4, d() < .5, int(d(0, 3))
     if z0 < 70: put('trim', 0, high)
     if z0 < 85:
-        if floors > 1: put(f'windows{kind}{bays}{floors - 1}{2 if z0 < 14 else 1 if z0 < 32 else 0}', storey, high - storey * 1.12)
+        if floors > 1: put(f'windows{kind}{bays}{floors - 1}{2 if z0 < 12 else 1 if z0 < 26 else 0}', storey, high - storey * 1.12)
         put(f'{"shop" if shop else "home"}{bays}', 0, storey)
     if shop and awning and z0 < 50: put(f'awning{bays}', 0, storey)
     if z0 < 45: put('end', 0, high, deep)
