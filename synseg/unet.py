@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JOINS', 'ENTRIES', 'cell_borders', 'border_weight_map', 'mirror_pad', 'DoubleConv', 'crop_like', 'pad_like', 'UpStep',
-           'he_init', 'UNet', 'unet', 'unet_valid', 'unet_small', 'overlap_tile', 'vgg11_features', 'ternaus_block',
-           'TernausNet']
+           'he_init', 'UNet', 'ValidUNet', 'unet', 'unet_valid', 'unet_small', 'overlap_tile', 'vgg11_features',
+           'ternaus_block', 'TernausNet']
 
 # %% ../nbs/14_unet.ipynb #cabd7856
 import math
@@ -16,7 +16,7 @@ from scipy.ndimage import distance_transform_edt, find_objects
 from torch import Tensor, nn
 
 from .core import IMAGENET_MEAN, IMAGENET_STD
-from .segmenter import ModelEntry, ModelInfo, Segmenter
+from .segmenter import ModelEntry, ModelInfo, Segmenter, check_image
 
 # %% ../nbs/14_unet.ipynb #2fe9d67b
 def cell_borders(cells: np.ndarray) -> np.ndarray:
@@ -101,28 +101,26 @@ def he_init(net: nn.Module) -> None:
     "Weights from N(0, 2/fan_in), biases 0; a 2x2 stride-2 transposed output pixel is fed by one pixel: its fan-in is c_in"
     for m in net.modules():
         if not isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)): continue
-        taps = math.prod(m.kernel_size)
-        if isinstance(m, nn.ConvTranspose2d): taps = taps / math.prod(m.stride)
+        taps = math.prod(m.kernel_size) / (math.prod(m.stride) if isinstance(m, nn.ConvTranspose2d) else 1)
         nn.init.normal_(m.weight, std=math.sqrt(2 / (m.in_channels * taps)))
         if m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../nbs/14_unet.ipynb #415042f4
 class UNet(Segmenter):
-    """U-Net (Ronneberger et al. 2015, fig. 1): `depth` halvings, `width` channels at the top, doubled at each level.
+    """U-Net (Ronneberger et al. 2015, fig. 1), padded, for any size: `depth` halvings, `width` channels at the top, then doubled.
 
-    With `valid=True` convolutions do not pad: for depth 4 the input must be 12 mod 16 and at least 188, the output is
-    184 smaller, and nothing at the border is invented. Otherwise any size of at least 64x64 works.
     Raises ValueError for an unknown `up`, `join` or `padding_mode`."""
-    def __init__(self, num_classes: int, in_channels: int = 3, *, width: int = 64, depth: int = 4, valid: bool = False,
-                 norm: bool = False, up: str = "transposed", skips: bool = True, join: str = "crop",
-                 padding_mode: str = "zeros", dropout: float = 0.0):
+    valid, margin = False, 0  # whether convolutions go without padding; pixels that are lost on each side
+
+    def __init__(self, num_classes: int, in_channels: int = 3, *, width: int = 64, depth: int = 4, norm: bool = False,
+                 up: str = "transposed", skips: bool = True, join: str = "crop", padding_mode: str = "zeros", dropout: float = 0.0):
         for what, value, known in [("up", up, ("transposed", "nearest", "bilinear")), ("join", join, tuple(JOINS)),
                                    ("padding_mode", padding_mode, ("zeros", "reflect", "replicate", "circular"))]:
             if value not in known: raise ValueError(f"{what} is {value!r}; choose one of {', '.join(known)}")
         if width < 1 or depth < 1: raise ValueError(f"width {width} and depth {depth} must both be at least 1")
         super().__init__(num_classes, in_channels, stride=2**depth)
-        self.valid, self.depth = valid, depth
-        conv = dict(valid=valid, norm=norm, padding_mode=padding_mode)
+        self.depth = depth
+        conv = dict(valid=self.valid, norm=norm, padding_mode=padding_mode)
         c = [width * 2**i for i in range(depth + 1)]
         self.down = nn.ModuleList(DoubleConv(a, b, **conv) for a, b in zip([in_channels, *c], c))
         self.drop = nn.Dropout(dropout)
@@ -139,29 +137,31 @@ class UNet(Segmenter):
         for step, skip in zip(self.up, reversed(skips)): x = step(x, skip)
         return self.score(x)
 
+# %% ../nbs/14_unet.ipynb #7a752077
+class ValidUNet(UNet):
+    """U-Net without padding, to the letter of figure 1: for depth 4 the input must be 12 mod 16 and at least 188.
+
+    The output is 184 smaller, and nothing at the border is invented. Raises ValueError for other sizes."""
+    valid = True
+
     @property
     def margin(self) -> int:
-        "Pixels of context lost on each side: 92 for the valid network of depth 4, else 0"
-        return 6 * 2**self.depth - 4 if self.valid else 0
+        "Pixels of context lost on each side: 92 at depth 4"
+        return 6 * 2**self.depth - 4
 
-    def forward(self, x: Tensor) -> Tensor:
-        "Logits (N, K, H, W); (N, K, H-184, W-184) for the valid network"
-        if not self.valid: return super().forward(x)
-        self.check_input(x)
-        return self.compute((x - self.mean) / self.std)
-
-    def forward_aux(self, x: Tensor): return (self(x), []) if self.valid else super().forward_aux(x)
-
-    def check_input(self, x: Tensor) -> None:
-        super().check_input(x)
-        if not self.valid: return
+    def prepare(self, x: Tensor) -> Tensor:
+        check_image(x, self.in_channels, self.min_size, type(self).__name__)
         loss, unit = 2 * self.margin, self.stride
         if any(n <= loss or (n - loss) % unit != 4 % unit for n in x.shape[-2:]):
             raise ValueError(f"image is {x.shape[-2]}x{x.shape[-1]}; without padding this U-Net takes sizes of "
                              f"{(4 + loss) % unit} mod {unit}, at least {loss + 4}, such as 572x572. "
                              "Use overlap_tile(model, x), which mirrors the border and takes any size")
+        return (x - self.mean) / self.std
 
-# %% ../nbs/14_unet.ipynb #7a752077
+    def forward(self, x: Tensor) -> Tensor: return self.compute(self.prepare(x))
+    def forward_aux(self, x: Tensor): return self(x), []
+
+# %% ../nbs/14_unet.ipynb #5b9b73c9
 def unet(num_classes: int, in_channels: int = 3, *, width: int = 64, depth: int = 4, norm: bool = False,
          up: str = "transposed", skips: bool = True, join: str = "crop", padding_mode: str = "zeros", dropout: float = 0.5) -> UNet:
     "The paper's network with padded convolutions: any size in, the same size out"
@@ -170,7 +170,7 @@ def unet(num_classes: int, in_channels: int = 3, *, width: int = 64, depth: int 
 
 def unet_valid(num_classes: int, in_channels: int = 3, *, width: int = 64, join: str = "crop", dropout: float = 0.5) -> UNet:
     "The paper's network to the letter: no padding anywhere, the output 184 smaller than the input"
-    return UNet(num_classes, in_channels, width=width, valid=True, join=join, dropout=dropout)
+    return ValidUNet(num_classes, in_channels, width=width, join=join, dropout=dropout)
 
 def unet_small(num_classes: int, in_channels: int = 3, *, width: int = 16, depth: int = 3, up: str = "nearest",
                skips: bool = True, padding_mode: str = "zeros") -> UNet:
@@ -179,7 +179,7 @@ def unet_small(num_classes: int, in_channels: int = 3, *, width: int = 16, depth
 
 # %% ../nbs/14_unet.ipynb #c566a318
 @torch.no_grad()
-def overlap_tile(model: UNet,  # a valid network
+def overlap_tile(model: ValidUNet,  # a valid network
                  x: Tensor,  # (N, C, H, W), any size
                  tile: int = 388,  # output pixels per tile: 4 mod 16 for depth 4, else the next smaller such size
                 ) -> Tensor:  # logits (N, K, H, W)

@@ -7,7 +7,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import nn
 
 from synseg.check import check_segmenter, count_parameters, trace
-from synseg.unet import (ENTRIES, TernausNet, UNet, border_weight_map, crop_like, he_init, mirror_pad, overlap_tile, pad_like,
+from synseg.unet import (ENTRIES, TernausNet, UNet, ValidUNet, border_weight_map, crop_like, he_init, mirror_pad, overlap_tile, pad_like,
                          unet, unet_small, unet_valid)
 
 
@@ -52,7 +52,7 @@ def test_sizes_of_figure_one():
 
 @pytest.mark.parametrize("valid, size", [(True, (188, 236)), (False, (80, 112))])
 def test_same_as_the_restatement(valid, size):
-    net = random_weights(UNet(3, 2, width=3, valid=valid))
+    net = random_weights((ValidUNet if valid else UNet)(3, 2, width=3))
     x = torch.rand(2, 2, *size, dtype=torch.float64)
     torch.testing.assert_close(net(x), restated((x - 0.5) / 0.25, net.parameters(), valid))
 
@@ -70,7 +70,7 @@ def test_padded_and_valid_are_one_network(size):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_valid_sizes_at_every_depth(depth):
     "Legal exactly where every pool meets an even size; the loss is twice the margin"
-    net, legal = UNet(2, 1, width=2, depth=depth, valid=True).eval(), 0
+    net, legal = ValidUNet(2, 1, width=2, depth=depth).eval(), 0
     for n in range(92, 92 + 2 * 2**depth):
         x = torch.rand(1, 1, n, n + 2**depth)
         try: z = net(x)
