@@ -38,11 +38,12 @@ def expect_fail(exc: type[BaseException] = Exception, contains: str = ""):
     else:
         raise AssertionError(f"nothing failed; expected {exc.__name__} with {contains!r}")
 
+# %% ../nbs/01_check.ipynb #a0ab2514
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     "Number of parameters, shared ones once; with `trainable=True` only those that receive gradients"
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
-# %% ../nbs/01_check.ipynb #ad74e1e1
+# %% ../nbs/01_check.ipynb #050a1118
 @dataclass(frozen=True)
 class TraceRow:
     module: str      # dotted name inside the model
@@ -70,6 +71,7 @@ class Trace(list):
         row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
         return "<table>" + row(self.header, "th") + "".join(row(c, "td") for c in self._cells()) + "</table>"
 
+# %% ../nbs/01_check.ipynb #a31864bc
 def _first_tensor(value) -> Tensor | None:
     "The first tensor in nested tuples, lists and dictionaries"
     if isinstance(value, Tensor): return value
@@ -161,7 +163,7 @@ def _check_shapes(model, num_classes: int, in_channels: int, sizes) -> None:
             _require(close(model(x[1:]), logits[1:]), "eval mode: an image's logits change with the other images of its "
                      "batch; batch statistics are in use where running ones belong (track_running_stats, x.mean over N?)")
 
-# %% ../nbs/01_check.ipynb #c6a263ed
+# %% ../nbs/01_check.ipynb #395a29e3
 def _check_batch_of_one(model, num_classes: int, in_channels: int, size) -> None:
     "Train mode with one image: it works, or the model says in its own words why it cannot"
     x = torch.rand(1, in_channels, *size)
@@ -174,6 +176,7 @@ def _check_batch_of_one(model, num_classes: int, in_channels: int, size) -> None
         return
     _check_logits(logits, x, num_classes, "train mode, batch of one")
 
+# %% ../nbs/01_check.ipynb #5edcec80
 def _check_gradients(model, in_channels: int, size) -> None:
     "Each trainable parameter moves some logit, main or auxiliary"
     _wake(model)
@@ -192,6 +195,7 @@ def _check_gradients(model, in_channels: int, size) -> None:
     _require(not dead, f"{len(dead)} parameters get a gradient of zero throughout: {name(dead)}. What they compute is "
              "multiplied by zero, dropped, or lies behind a ReLU that is always off")
 
+# %% ../nbs/01_check.ipynb #8e65a086
 def _check_round_trip(model, build, in_channels: int, size) -> None:
     "A second model that loads the state_dict of the first gives the same outputs"
     x, other = torch.rand(2, in_channels, *size), build()
@@ -204,7 +208,7 @@ def _check_round_trip(model, build, in_channels: int, size) -> None:
 
 # %% ../nbs/01_check.ipynb #a9a7e93d
 def _check_learning(model, images: Tensor, labels: Tensor, steps: int, lr: float, batch_size: int) -> dict:
-    "Train on minibatches; in eval mode the loss over the set must fall and accuracy pass the majority class"
+    "Train on minibatches; then, in eval mode, the loss over the set is lower and accuracy clearly above the majority class"
     count = torch.bincount(labels[labels != VOID].flatten())
     majority = float(count.max() / count.sum())
 
@@ -223,8 +227,9 @@ def _check_learning(model, images: Tensor, labels: Tensor, steps: int, lr: float
     after, accuracy = score()
     _require(after < before, f"it does not learn: after {steps} steps the loss over the set went from {before:.3f} to "
              f"{after:.3f} (eval mode). If it falls in train mode, look at batch norm and dropout; else at lr={lr}")
-    _require(accuracy > majority, f"it does not learn: {accuracy:.1%} of the pixels right after {steps} steps, and always "
-             f"answering the commonest class gets {majority:.1%}. Does the network see its input at all?")
+    _require(accuracy > majority + 0.05 * (1 - majority),
+             f"it does not learn: {accuracy:.1%} of the pixels right after {steps} steps, and always answering the commonest "
+             f"class gets {majority:.1%}. Does the network see its input at all?")
     return dict(loss_before=before, loss_after=after, accuracy=accuracy, majority=majority)
 
 # %% ../nbs/01_check.ipynb #a1ec4652
