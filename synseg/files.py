@@ -50,6 +50,7 @@ def read_image(path: str | Path, page: int = 0) -> np.ndarray:
             return np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, axis=2)
         return np.array(file if file.mode == "RGB" else file.convert("RGB"))
 
+# %% ../nbs/93_files.ipynb #e1e1827b
 def read_label(path: str | Path, page: int = 0) -> np.ndarray:
     "The numbers in a label file: (H, W) indices for palette, grey, 1-bit and 16-bit files, (H, W, 3) for colour labels"
     with _opened(path, page) as file:
@@ -62,7 +63,7 @@ def read_label(path: str | Path, page: int = 0) -> np.ndarray:
         if file.mode == "LA": return np.array(file)[..., 0]
         raise ValueError(f"its mode is {file.mode}; expected a palette, grey or colour label")
 
-# %% ../nbs/93_files.ipynb #80587183
+# %% ../nbs/93_files.ipynb #c83878fb
 def unpack(archive: str | Path, folder: str | Path) -> list[str]:
     """Unpack a tar (also compressed) or zip file inside `folder`; returns the names of the files.
 
@@ -87,6 +88,7 @@ def unpack(archive: str | Path, folder: str | Path) -> list[str]:
         raise ValueError(f"{archive} is not a whole tar or zip archive ({error}): delete it and fetch it again") from error
     return sorted(files)
 
+# %% ../nbs/93_files.ipynb #c646d31f
 def _check_members(archive: Path, folder: Path, sizes: dict[str, int]):
     for name in sizes:
         if os.path.isabs(name) or not (folder / name).resolve().is_relative_to(folder):
@@ -95,7 +97,7 @@ def _check_members(archive: Path, folder: Path, sizes: dict[str, int]):
     if (need := sum(sizes.values())) > (free := shutil.disk_usage(folder).free):
         raise OSError(f"unpacking {archive} needs {need / 1e9:.1f} GB in {folder}, {free / 1e9:.1f} GB are free")
 
-# %% ../nbs/93_files.ipynb #74c83ec9
+# %% ../nbs/93_files.ipynb #a3620639
 @dataclass(frozen=True)
 class Archive:
     "A public file: its name, SHA-256, size and the places that offer it, in the order in which they are tried"
@@ -104,6 +106,7 @@ class Archive:
     size: int  # bytes
     urls: tuple[str, ...]
 
+# %% ../nbs/93_files.ipynb #1f2da935
 def fetch(archive: Archive, folder: str | Path, progress: bool = True) -> Path:
     "The verified file in `folder`, downloaded where it is not there yet; one plain error where that fails"
     import pooch

@@ -44,18 +44,32 @@ def _glob(folder: Path, pattern: str = "*.*") -> list[Path]:
     return sorted(p for p in folder.glob(pattern) if p.is_file() and not p.name.startswith("."))
 
 # %% ../nbs/94_layouts.ipynb #08c797b7
+def _camvid(root, split):
+    home = _home(root, f"{split}.txt", "CamVid", "camvid")
+    samples = []
+    for line in _lines(home / f"{split}.txt"):
+        # SegNet's lists say /SegNet/CamVid/train/x.png: what counts is the last folder and the file
+        image, *label = [home.joinpath(*re.split(r"[/\\]", part)[-2:]) for part in line.split()]
+        label = label[0] if label else home / f"{image.parent.name}annot" / f"{image.stem}.png"
+        samples.append(Sample(image.stem, image, label))
+    return samples, "camvid"
+
+# %% ../nbs/94_layouts.ipynb #56bb6883
 def _voc2012(root, split):
     home = _home(root, "ImageSets/Segmentation", "VOCdevkit/VOC2012", "VOC2012")
     names = _lines(home / f"ImageSets/Segmentation/{split}.txt")
     return [_voc_pair(home, name) for name in names], "voc2012"
 
+# %% ../nbs/94_layouts.ipynb #7aab70d9
 def _voc_pair(home, name, labels="SegmentationClass"):
     return Sample(name, home / f"JPEGImages/{name}.jpg", home / f"{labels}/{name}.png")
 
+# %% ../nbs/94_layouts.ipynb #0c8f0014
 def _sbd(root, split):
     home = _home(root, "cls", "benchmark_RELEASE/dataset", "dataset")
     return [Sample(n, home / f"img/{n}.jpg", home / f"cls/{n}.mat") for n in _lines(home / f"{split}.txt")], "voc2012"
 
+# %% ../nbs/94_layouts.ipynb #d4ff1d49
 def _read_mat(path, page=0) -> np.ndarray:
     "SBD's GTcls.Segmentation: VOC's ids 0-20, no void"
     from scipy.io import loadmat
@@ -65,6 +79,7 @@ def _read_mat(path, page=0) -> np.ndarray:
 
 def _read_voc_or_mat(path, page=0): return (_read_mat if path.suffix == ".mat" else read_label)(path, page)
 
+# %% ../nbs/94_layouts.ipynb #24990348
 def _voc2012_aug(root, split):
     if split == "val": return _voc2012(root, "val")
     voc = _home(root, "ImageSets/Segmentation", "VOCdevkit/VOC2012", "VOC2012")
@@ -80,13 +95,14 @@ def _voc2012_aug(root, split):
                          "10582: are the lists altered?")
     return [_voc_pair(voc, n) for n in train] + [extra[n] for n in more], "voc2012"
 
-# %% ../nbs/94_layouts.ipynb #a46d4e87
+# %% ../nbs/94_layouts.ipynb #c2bfdb17
 def _cityscapes(root, split):
     home = _home(root, "leftImg8bit", "cityscapes", "Cityscapes")
     end = "_leftImg8bit.png"
     pairs = [(p, p.parent.name, p.name.removesuffix(end)) for p in _glob(home / "leftImg8bit" / split, f"*/*{end}")]
     return [Sample(n, p, home / f"gtFine/{split}/{city}/{n}_gtFine_labelIds.png") for p, city, n in pairs], "cityscapes"
 
+# %% ../nbs/94_layouts.ipynb #6dc3ac0c
 def _gta5(root, split):
     home = _home(root, "images", "gta5", "GTA5")
     found = {p.stem: p for p in _glob(home / "images", "*.png")}
@@ -101,22 +117,14 @@ def _gta5(root, split):
                           f"{lost[0]}.png; they are left out", stacklevel=3)
     return [Sample(n, found[n], home / f"labels/{n}.png") for n in names if n in found], "gta5"
 
-def _camvid(root, split):
-    home = _home(root, f"{split}.txt", "CamVid", "camvid")
-    samples = []
-    for line in _lines(home / f"{split}.txt"):
-        # SegNet's lists say /SegNet/CamVid/train/x.png: what counts is the last folder and the file
-        image, *label = [home.joinpath(*re.split(r"[/\\]", part)[-2:]) for part in line.split()]
-        label = label[0] if label else home / f"{image.parent.name}annot" / f"{image.stem}.png"
-        samples.append(Sample(image.stem, image, label))
-    return samples, "camvid"
-
+# %% ../nbs/94_layouts.ipynb #508c95ad
 def _coco_stuff(root, split):
     maps = _home(root, "stuffthingmaps", "annotations") / "stuffthingmaps"
     year = f"{split}2017"
     images = _home(root, year, "images") / year
     return [Sample(p.stem, p, maps / year / f"{p.stem}.png") for p in _glob(images, "*.jpg")], "coco_stuff"
 
+# %% ../nbs/94_layouts.ipynb #500e87a9
 def _isbi2012(root, split):
     keep = dict(train=range(24), val=range(24, 30), all=range(30))[split]
     if (root / "train-volume.tif").exists():
@@ -125,7 +133,7 @@ def _isbi2012(root, split):
     files = sorted(_glob(home / "train/image"), key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))
     return [Sample(f"{n:02d}", files[n], home / "train/label" / files[n].name) for n in keep if n < len(files)], "isbi2012"
 
-# %% ../nbs/94_layouts.ipynb #56bb6883
+# %% ../nbs/94_layouts.ipynb #4c05f6e1
 def _folder(root, split):
     home = root / split if (root / split / "images").is_dir() else root
     images, masks = (_glob(home / part) for part in ("images", "masks"))
@@ -139,6 +147,7 @@ def _folder(root, split):
     samples = [Sample(p.stem, p, by_stem[p.stem]) for p in images]
     return samples, _folder_space(root, samples)
 
+# %% ../nbs/94_layouts.ipynb #1c640e4c
 def _folder_space(root: Path, samples) -> LabelSpace:
     "From label_space.json, or else classes 0 to the largest value found in the masks"
     path = root / "label_space.json"
@@ -151,7 +160,7 @@ def _folder_space(root: Path, samples) -> LabelSpace:
     names = tuple(f"class {i}" for i in range(top + 1))
     return LabelSpace(names, label_space("voc2012").palette[: top + 1], tuple(range(top + 1)), (VOID,))
 
-# %% ../nbs/94_layouts.ipynb #7aab70d9
+# %% ../nbs/94_layouts.ipynb #46cdb763
 @dataclass(frozen=True)
 class Layout:
     "A data set that can be loaded: how its files lie, where they come from, how they are found"
@@ -162,15 +171,17 @@ class Layout:
     archives: tuple[Archive, ...] = ()  # public archives; empty where a licence must be accepted
     read_label: Callable = read_label
 
+# %% ../nbs/94_layouts.ipynb #62ead9c9
+_SIGN_IN = "Its licence must be accepted, so it cannot be fetched for you: "
 _VOC = Archive("VOCtrainval_11-May-2012.tar", "e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb", 1999639040,
                ("https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
                 "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
                 "https://data.pjreddie.com/files/VOCtrainval_11-May-2012.tar"))
+
 _SBD = Archive("benchmark.tgz", "6a5a2918d5c73ce032fdeba876574d150d9d04113ab87540a1304cbcc715be53", 1_400_000_000,
                ("https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",))
 
 # %% ../nbs/94_layouts.ipynb #44378f2d
-_SIGN_IN = "Its licence must be accepted, so it cannot be fetched for you: "
 LAYOUTS = dict(
     voc2012=Layout(_voc2012, ("train", "val", "trainval"),
         "ROOT/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}",
@@ -196,9 +207,8 @@ LAYOUTS = dict(
     isbi2012=Layout(_isbi2012, ("train", "val", "all"), "ROOT/train-volume.tif and train-labels.tif, or ROOT/train/{image,label}/N.png",
         "register for the ISBI 2012 EM challenge (imagej.net/events/isbi-2012-segmentation-challenge), or take "
         "data/membrane of github.com/zhixuhao/unet"),
-    folder=Layout(_folder, ("train", "val", "test", "all"), "ROOT/images and ROOT/masks with files of the same stem (or ROOT/SPLIT/images "
-        "and ROOT/SPLIT/masks, or ROOT/SPLIT.txt with stems), and perhaps ROOT/label_space.json",
-        "these are your own files"),
+    folder=Layout(_folder, ("train", "val", "test", "all"), "ROOT/images and ROOT/masks with files of the same stem (or in ROOT/SPLIT, "
+        "or ROOT/SPLIT.txt with stems), and perhaps ROOT/label_space.json", "these are your own files"),
 )
 
 # %% ../nbs/94_layouts.ipynb #de27c0d1
