@@ -96,15 +96,13 @@ def data_preview(name: str = typer.Argument("scenes"), root: Optional[Path] = No
 
 def _sheet(data, n: int, title: str):
     "A matplotlib figure: overlays, a legend, and bars of the class shares"
-    import matplotlib
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib.figure import Figure
     from synseg.show import overlay, set_style
     set_style()
     space, columns = data.label_space, min(4, n)
     rows = -(-min(n, len(data)) // columns)
-    figure = plt.figure(figsize=(10, 2 * rows + 3), layout="constrained")
+    figure = Figure(figsize=(10, 2 * rows + 3), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[1] * rows + [1.4])
     for k, i in enumerate(np.linspace(0, len(data) - 1, min(n, len(data))).astype(int)):
         axis = figure.add_subplot(grid[k // columns, k % columns])

@@ -127,6 +127,7 @@ def _evaluation_data(run: str, data, root, split, domain, images, size, channels
     from dataclasses import replace
     from synseg.runs import Run, read_run, score_set
     if data is None and Path(run).is_dir(): settings, root = read_run(run, root)
+    elif data is None and run != "scenes": raise ValueError(f"{run} does not say what it was trained on: add --data NAME")
     else: settings = Run(data=data or "scenes", size=size)
     settings = replace(settings, images=images, domain=domain or settings.domain, in_channels=channels)
     return score_set(settings, root, split or (settings.valid if images or data else None))
