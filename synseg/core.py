@@ -79,7 +79,7 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     "The commit of the working tree that this file belongs to, with + where files were changed"
-    here = Path(__file__).resolve().parent
+    here = Path(globals().get("__file__", "notebook")).resolve().parent
     git = lambda *a: subprocess.run(["git", "-C", str(here), *a], capture_output=True, text=True, check=True).stdout.strip()
     try: return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno", ".") else "")
     except (OSError, subprocess.CalledProcessError): return None
