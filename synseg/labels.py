@@ -143,36 +143,28 @@ class LabelSpace:
     name: str = ""
 
     def __post_init__(self): _settle(self)
-
     @property
     def num_classes(self) -> int: return len(self.names)
-
     def from_disk(self, labels, source: str = ""):
         "Ids as on disk to ids in memory, void 255. A tensor gives int64, an array or PIL image gives a uint8 array"
         out = _read_ids(self, labels, source and f"{source}: ")
         return out.long() if isinstance(labels, Tensor) else out.numpy()
-
     def from_colour(self, rgb, source: str = "") -> np.ndarray:
         "Colours (..., H, W, 3) uint8 to ids in memory, uint8; ValueError for a colour that the space does not know"
         return _read_colours(self, np.asarray(rgb), source and f"{source}: ")
-
     def to_disk(self, labels) -> np.ndarray:
         "Ids in memory to ids as on disk, uint8; void becomes the first of `void`"
         return _write(self, labels, self.ids, self.void[0] if self.void else VOID)
-
     def to_colour(self, labels) -> np.ndarray:
         "Ids in memory (..., H, W) to colours (..., H, W, 3) uint8; void becomes `void_colour`"
         return _write(self, labels, self.palette, self.void_colour)
-
     def safe(self) -> "LabelSpace":
         "The same space in display colours that colour-blind readers can tell apart; itself where K > 21, too many for anyone"
         if self.num_classes > 21: return self
         return replace(self, palette=_rgb(_SAFE.get(self.name, _SAFE["voc2012"]))[: self.num_classes], folds=())
-
     def to_dict(self) -> dict:
         "Plain tuples and numbers, for JSON and checkpoints"
         return asdict(self)
-
     @classmethod
     def from_dict(cls, content: dict) -> "LabelSpace":
         "The inverse of `to_dict`, also where JSON has made lists of the tuples"
