@@ -30,7 +30,7 @@ def border_weight_map(cells: Tensor | np.ndarray,  # (H, W) whole numbers: 0 bac
                       sigma: float = 5.0,  # pixels
                       class_weights: tuple[float, float] = (1.0, 1.0),  # background, cell
                      ) -> Tensor:  # (H, W) float32
-    """w_c + w0 exp(-(d1 + d2)^2 / (2 sigma^2)): U-Net's equation 2, with the minus sign that its print lacks.
+    """w_c + w0 exp(-(d1 + d2)^2 / (2 sigma^2)): U-Net's equation 2.
 
     d1 and d2 are the distances in pixels to the borders of the nearest and second nearest cell."""
     cells = np.asarray(cells)
