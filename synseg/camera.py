@@ -47,9 +47,9 @@ def sample_shot(rng: np.random.Generator) -> Shot:
     sunlight = np.array((1.2, .98, .70) if evening else (1.05, 1.0, .93)) * (.2 if dull else .85 + .35 * u[4])
     ambient = np.array((.90, 1.0, 1.16)) * ((.62 if dull else .34) * (.8 + .4 * u[5]))
     airlight = np.array((.85, .76, .66) if evening else (.74, .80, .87)) * (.6 + .4 * u[6])
-    cast = np.exp(np.array((1, .1, -1)) * (u[7] - .45) * .45 + np.array((-.5, 1, -.5)) * (u[8] - .5) * .16 + (u[9] - .34))
-    return Shot(sun, tuple(sunlight), tuple(ambient), tuple(airlight), 1 / (60 + 900 * u[10]**1.5), .15 + .6 * u[11], .35 + .45 * u[12]**2, .15 + .5 * u[13],
-                tuple(cast), .55 + .5 * u[14], .85 + .5 * u[15], .01 + .05 * u[16]**2, int(30 + 60 * u[17]))
+    cast = np.exp(np.array((1, .1, -1)) * (u[7] - .45) * .45 + np.array((-.5, 1, -.5)) * (u[8] - .5) * .16 + (u[9] - .34) * .8)
+    return Shot(sun, tuple(sunlight), tuple(ambient), tuple(airlight), 1 / (90 + 900 * u[10]**1.3), .15 + .6 * u[11], .35 + .45 * u[12]**2, .15 + .5 * u[13],
+                tuple(cast), .55 + .5 * u[14], .9 + .4 * u[15], .008 + .035 * u[16]**2, int(35 + 55 * u[17]))
 
 # %% ../nbs/04_camera.ipynb #cf41266e
 @lru_cache(8)
@@ -100,15 +100,15 @@ def noise_tile(side: int = 256, power: float = .75, seed: int = 7) -> np.ndarray
 
 # %% ../nbs/04_camera.ipynb #0ee2f9c4
 GRAIN = np.zeros(256, np.float32)
-GRAIN[[BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, CYCLIST, VOID]] = .20, .15, .17, .22, .55, .07, .3, .07, .2, .2, .07
+GRAIN[[BUILDING, POLE, ROAD, PAVEMENT, TREE, SIGN, FENCE, CAR, PEDESTRIAN, CYCLIST, VOID]] = .17, .14, .15, .19, .5, .07, .28, .07, .18, .18, .07
 
 
 def add_grain(light: np.ndarray, sight: Sight) -> np.ndarray:
-    "Multiply (H, W, 3) by a texture that sticks to the surfaces: 28 and 3 waves of the tile per metre, the fine one fading beyond 10 m"
+    "Multiply (H, W, 3) by a texture that sticks to the surfaces: 28 and 9 cells of the tile per metre, the fine one fading beyond 10 m"
     u, v, tile = (sight.right + np.float32(.73)) * sight.depth, (sight.up + np.float32(.61)) * sight.depth, noise_tile().ravel()
     at = lambda scale: tile[((u * scale).astype(np.int32) & 255) * 256 + ((v * scale).astype(np.int32) & 255)]
     amount = GRAIN[sight.labels] * np.where(sight.matte, 1, .3).astype(np.float32)
-    return light * np.exp(amount * (at(28) * np.minimum(1, 10 / sight.depth) + at(3.1)))[..., None]
+    return light * np.exp(amount * (at(28) * np.minimum(1, 10 / sight.depth) + at(9)))[..., None]
 
 # %% ../nbs/04_camera.ipynb #25901a8b
 def shadow_mask(scene: Polygons, sun, size: tuple[int, int], reach: float = 45.0) -> np.ndarray:

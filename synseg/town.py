@@ -48,7 +48,7 @@ class Style:
     tree_height: tuple = (5, 9)
     cars: tuple = ('hatch', 'sedan', 'sports', 'sedan')
     parked: float = .66
-    traffic: tuple = (1, 3)
+    traffic: tuple = (1, 4)
     people: tuple = (1, 5)
     cyclists: tuple = (0, 1.5)
     lamps: tuple = (24, 36)
@@ -236,9 +236,12 @@ def add_kerb(p: Plan, side):
 def add_traffic(p: Plan):
     "Cars on the road, cyclists, somebody crossing, and perhaps our own bonnet"
     s, d, place = p.style, p.dice, p.place
+    used = []
     for _ in range(d.count(s.traffic)):
-        way = d.pick((-1, 1))
-        add_car(p, p.centre + way * p.drive * p.road * .45 + d(-.3, .3), d.depth(7, 8), way == 1)
+        way, z, shift = d.pick((-1, 1)), d.depth(7, 8), d(-.3, .3)
+        if any(w == way and abs(z - other) < 9 for w, other in used): continue
+        used.append((way, z))
+        add_car(p, p.centre + way * p.drive * p.road * .45 + shift, z, way == 1)
     for _ in range(d.count(s.cyclists)):
         across = d() < .3
         x = d(-3, 3) if across else p.centre + d.pick((-1, 1)) * (p.road - 1.2)
