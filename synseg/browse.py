@@ -31,6 +31,7 @@ def data_list():
     for name, layout in LAYOUTS.items():
         typer.echo(f"{name:<12} {', '.join(layout.splits):<24} " + ("synseg data download" if layout.archives else "see synseg data info"))
 
+# %% ../nbs/98_browse.ipynb #f7c6a679
 @data_app.command("info")
 @plain
 def data_info(name: str, root: Annotated[Optional[Path], typer.Option(help="count and check the files there")] = None,
@@ -55,6 +56,7 @@ def _describe(name: str):
     layout = LAYOUTS[name]
     typer.echo(f"{name}\n  splits    {', '.join(layout.splits)}\n  expected  {layout.files}\n  source    {layout.source}")
 
+# %% ../nbs/98_browse.ipynb #5b23ffe5
 def _shares(data) -> list[tuple[str, float]]:
     "Share of each class in the labelled pixels of up to 100 images"
     from synseg.datasets import class_frequencies
@@ -75,6 +77,7 @@ def data_download(name: str, root: Annotated[Path, typer.Option(help="where to p
     download_dataset(name, root)
     typer.echo(f"{name} is in {root}")
 
+# %% ../nbs/98_browse.ipynb #3eee12fa
 @data_app.command("preview")
 @plain
 def data_preview(name: str = typer.Argument("scenes"), root: Optional[Path] = None, split: str = "train", domain: str = "camera",
@@ -94,6 +97,7 @@ def data_preview(name: str = typer.Argument("scenes"), root: Optional[Path] = No
     with atomic_path(out) as temporary: figure.savefig(temporary, format=out.suffix.lstrip(".") or "png", dpi=120)
     typer.echo(f"{min(n, len(data))} of {len(data)} images in {out}")
 
+# %% ../nbs/98_browse.ipynb #d3f72a68
 def _sheet(data, n: int, title: str):
     "A matplotlib figure: overlays, a legend, and bars of the class shares"
     import numpy as np

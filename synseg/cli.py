@@ -61,11 +61,9 @@ def train(
     ema: Annotated[float, typer.Option(help="decay of averaged weights, as 0.999; 0: none")] = 0.0,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
     weights: Annotated[Optional[str], typer.Option(help="start from 'scenes' or a .safetensors file")] = None,
-    encoder: Optional[str] = None,
-    encoder_weights: Annotated[Optional[str], typer.Option(help="'imagenet' or a file")] = None,
+    encoder: Optional[str] = None, encoder_weights: Annotated[Optional[str], typer.Option(help="'imagenet' or a file")] = None,
     option: Annotated[Optional[list[str]], typer.Option(help="of the model, as width=32; may be repeated")] = None,
-    workers: Annotated[Optional[int], typer.Option(help="processes that load data")] = None,
-    tensorboard: bool = False,
+    workers: Annotated[Optional[int], typer.Option(help="processes that load data")] = None, tensorboard: bool = False,
     out: Annotated[Path, typer.Option(help="the run's folder")] = Path("runs/last"),
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out, with its own settings")] = False,
 ):
@@ -77,9 +75,10 @@ def train(
       synseg train --data camvid --root data/camvid --out runs/camvid
     """
     from synseg import runs
-    settings = runs.Run(model=model, data=data, domain=domain, images=images, size=parse_size(size), epochs=epochs, minutes=minutes,
-                        batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, loss=loss, ema=ema, precision=precision,
-                        weights=weights, encoder=encoder, encoder_weights=encoder_weights, options=parse_options(option))
+    settings = runs.Run(
+        model=model, data=data, domain=domain, images=images, size=parse_size(size), epochs=epochs, minutes=minutes, loss=loss,
+        batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, ema=ema, precision=precision, weights=weights,
+        encoder=encoder, encoder_weights=encoder_weights, options=parse_options(option))
     try: learner = runs.train(settings, out, root, resume, workers=workers, tensorboard=tensorboard)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}\nGo on with: synseg train --out {out} --resume") from None
@@ -122,6 +121,7 @@ def evaluate(
     typer.echo(f"{'mean IoU':<16} {100 * result['mean_iou']:5.1f}\n{'pixel accuracy':<16} {100 * result['pixel_accuracy']:5.1f}\n"
                f"{result['images']} images in {result['seconds']:.1f} s")
 
+# %% ../nbs/92_cli.ipynb #4cbe8eda
 def _evaluation_data(run: str, data, root, split, domain, images, size, channels: int):
     "What the options name; what they leave open comes from the run itself"
     from dataclasses import replace
@@ -165,6 +165,7 @@ def predict(
         typer.echo(f"{photo}: " + ", ".join(f"{n} {100 * share:.0f} %" for share, n in found[:5] if share >= 0.005))
     typer.echo(f"pictures are in {out}")
 
+# %% ../nbs/92_cli.ipynb #5701c56b
 def _crf(kind: str | None, num_classes: int):
     "The CRF layer by its short name, or a sentence"
     import synseg
@@ -217,6 +218,7 @@ def recipe_show(name: str, profile: Annotated[Optional[str], typer.Option(help="
     from synseg.recipes import describe, recipe
     typer.echo(describe(recipe(name), profile))
 
+# %% ../nbs/92_cli.ipynb #4a3cc2df
 @recipe_app.command("run")
 @plain
 def recipe_run(
@@ -266,6 +268,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print one JSON 
     found = examine()
     typer.echo(json.dumps(found) if as_json else report(found))
 
+# %% ../nbs/92_cli.ipynb #33340dee
 def main():
     "The `synseg` command"
     app()

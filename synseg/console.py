@@ -41,6 +41,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         raise ValueError(f"--size is {text!r}; expected height x width, as in 96x128")
     return int(parts[0]), int(parts[1])
 
+# %% ../nbs/97_console.ipynb #f4ef8c53
 def checkpoint(run: str) -> Path:
     "The weights of a run: a folder of `synseg train`, a .safetensors file, or 'scenes' for those that ship with the package"
     path = Path(run)

@@ -82,6 +82,7 @@ def _across_domains(learners, profile, root) -> dict:
 def _domain_set(learner: Learner, domain: str, n: int = 200) -> Dataset:
     return scenes(Run(domain=domain, size=learner.eval_size), n, VALID_SEED)
 
+# %% ../nbs/90_recipes.ipynb #c93ebded
 def _on_both(learners, profile, root) -> dict:
     "The only run, with the weights that ship, on both domains"
     learner = learners["run"]
@@ -122,6 +123,7 @@ def _profiles(smoke: Run, cpu: Run, gpu: Run) -> dict:
     "A recipe of one run"
     return {"smoke": {"run": smoke}, "cpu": {"run": cpu}, "gpu": {"run": gpu}}
 
+# %% ../nbs/90_recipes.ipynb #45d1b4c1
 _ALL = [
     Recipe("scenes_domain_gap", "Train on drawn scenes, score on photographed ones, and the three other ways round.",
            {"smoke": {d: replace(_SMOKE, domain=d) for d in ("synthetic", "camera")},
@@ -148,6 +150,7 @@ _ALL = [
 ]
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
 
+# %% ../nbs/90_recipes.ipynb #cc7e8005
 def recipe(name: str) -> Recipe:
     "A recipe by its name; ValueError lists the names there are"
     if name not in RECIPES: raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")

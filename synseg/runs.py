@@ -30,6 +30,7 @@ KEEP_BYTES = 1e9  # decoded images stay in memory where all of them need less th
 VALID_SEED = 100_000  # of the scenes that are scored: none of them is ever trained on
 CPU_IMAGES, GPU_IMAGES = 28_000, 200_000  # how many images a network sees by default
 
+# %% ../nbs/95_runs.ipynb #bf407bd0
 @dataclass(frozen=True)
 class Run:
     "One training: all that decides its outcome. None means: chosen by `settled` from the data and the device"
@@ -57,17 +58,21 @@ class Run:
     options: Mapping = field(default_factory=dict)  # of create_model
     augment: Mapping = field(default_factory=dict)  # of train_transforms
 
-    def __post_init__(self):
-        for name, known in [("loss", tuple(LOSSES)), ("domain", DOMAINS)]:
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        for name in ("images", "epochs", "minutes", "batch_size", "lr"):
-            value = getattr(self, name)
-            if value is not None and not value > 0: raise ValueError(f"{name} is {value}; it must be above 0")
-        if self.size is not None:
-            object.__setattr__(self, "size", tuple(self.size))
-            if len(self.size) != 2 or min(self.size) < 64:
-                raise ValueError(f"size is {self.size}; expected height and width, each at least 64, as in 96x128")
+    def __post_init__(self): _check(self)
+
+# %% ../nbs/95_runs.ipynb #24132902
+def _check(run: Run) -> None:
+    "ValueError for a setting that cannot work"
+    for name, known in [("loss", tuple(LOSSES)), ("domain", DOMAINS)]:
+        if getattr(run, name) not in known:
+            raise ValueError(f"{name} is {getattr(run, name)!r}; choose one of {', '.join(known)}")
+    for name in ("images", "epochs", "minutes", "batch_size", "lr"):
+        value = getattr(run, name)
+        if value is not None and not value > 0: raise ValueError(f"{name} is {value}; it must be above 0")
+    if run.size is not None:
+        object.__setattr__(run, "size", tuple(run.size))
+        if len(run.size) != 2 or min(run.size) < 64:
+            raise ValueError(f"size is {run.size}; expected height and width, each at least 64, as in 96x128")
 
 # %% ../nbs/95_runs.ipynb #e0562d10
 class Chosen(Dataset):
@@ -113,6 +118,7 @@ class Grey(Dataset):
         image, label = self.dataset[i]
         return image.mean(0, keepdim=True), label
 
+# %% ../nbs/95_runs.ipynb #3e3c8b0e
 def score_set(run: Run, root: str | Path | None = None, split: str | None = None) -> Dataset:
     "What a run is scored on: its held-out files, a split of its data set, or scenes never trained on"
     if run.data == "scenes": data = scenes(run, run.images or 200, VALID_SEED)
@@ -140,6 +146,7 @@ def _by_name(data: Dataset, part: str, inside: bool) -> Chosen:
         raise ValueError(f"of {len(data)} files none is left without those {'lacking' if inside else 'with'} {part!r} in their name")
     return Chosen(chosen)
 
+# %% ../nbs/95_runs.ipynb #136641dd
 def _first(data: Dataset, n: int | None) -> Dataset:
     return data if n is None or n >= len(data) else Chosen([(data, i) for i in range(n)])
 
@@ -174,6 +181,7 @@ def build(run: Run, train: Dataset, valid: Dataset | None, out: str | Path | Non
                    weight_decay=run.weight_decay, seed=run.seed, out=out, ema=run.ema, precision=run.precision,
                    eval_size=run.size, **learner)
 
+# %% ../nbs/95_runs.ipynb #ceb4245d
 def train(run: Run, out: str | Path, root: str | Path | None = None, resume: bool = False, **learner) -> Learner:
     """Train, or with `resume` go on where `out` stands; its settings are in out/run.json.
 
