@@ -183,12 +183,11 @@ def show_confusion(
     "Where each true class goes, in percent of its pixels; shares under half a percent are left blank"
     matrix = np.asarray(_as_map(matrix), float)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]: raise ValueError(f"matrix {matrix.shape} found; expected (K, K)")
-    names = list(names) if names is not None else [str(i) for i in range(len(matrix))]
+    names = names or [str(i) for i in range(len(matrix))]
     total = matrix.sum(1, keepdims=True)
     share = 100 * np.divide(matrix, total, out=np.zeros_like(matrix), where=total > 0)
-    side = 1.4 + 0.36 * len(names)
-    figure, axis = _figure(figsize=(side + 0.6, side))
-    drawn = axis.imshow(share, cmap="cividis_r", vmin=0, vmax=100)
+    figure, axis = _figure(figsize=(2 + 0.36 * len(names), 1.4 + 0.36 * len(names)))
+    drawn = axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
     for (row, column), v in np.ndenumerate(share):
         if v >= 0.5: axis.text(column, row, f"{v:.0f}", ha="center", va="center", fontsize=7, color="black" if v < 55 else "white")
     axis.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names, xlabel="predicted", ylabel="true", title=title)
@@ -247,5 +246,5 @@ def worst_cases(
             if len(worst) > n: heapq.heappop(worst)
     finally: model.train(training)
     _, number, images, labels, predictions = zip(*sorted(worst, key=lambda case: case[:2], reverse=True))
-    space = space or getattr(dataset, "label_space", None)
-    return show_segmentation(images, labels, predictions, space, n, [f"image {-i}" for i in number])
+    titles, space = [f"image {-i}" for i in number], space or getattr(dataset, "label_space", None)
+    return show_segmentation(images, labels, predictions, space, n, titles)
