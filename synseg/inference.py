@@ -182,6 +182,7 @@ def _to_unit(image: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}; floats must lie in [0, 1] (divide by 255?)")
     return image.float().clamp(0, 1)
 
+# %% ../nbs/16_inference.ipynb #8d22183c
 def _to_channels(image: Tensor, channels: int) -> Tensor:
     "Grey to RGB, RGB to grey (ITU-R 601), alpha dropped"
     if len(image) == channels: return image
