@@ -185,7 +185,7 @@ def compress(image: np.ndarray, quality: int) -> np.ndarray:
     "The picture (H, W, 3) uint8 after being written as a JPEG file and read again"
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=quality)
-    return np.asarray(Image.open(file))
+    return np.array(Image.open(file))
 
 # %% ../nbs/04_camera.ipynb #651030b0
 def photograph(scene: Polygons, ids: np.ndarray, size: tuple[int, int], shot: Shot, rng: np.random.Generator) -> np.ndarray:
