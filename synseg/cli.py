@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from .browse import data_app
-from .console import TYPER, checkpoint, parse_options, parse_size, parse_view, plain
+from .console import TYPER, checkpoint, crf_layer, parse_options, parse_size, parse_view, plain
 
 # %% ../nbs/92_cli.ipynb #1f1fa12c
 app = typer.Typer(help="Semantic image segmentation: a course that is also a library.", add_completion=False, **TYPER)
@@ -58,10 +58,10 @@ def train(
     minutes: Annotated[Optional[float], typer.Option(help="stop after this much time; the schedule fits itself to it")] = None,
     batch_size: int = 8, lr: float = 3e-3, weight_decay: float = 1e-2, seed: int = 0,
     loss: Annotated[str, typer.Option(help="cross_entropy, focal, dice or lovasz")] = "cross_entropy",
-    ema: Annotated[float, typer.Option(help="decay of averaged weights, as 0.999; 0: none")] = 0.0,
-    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto",
+    ema: Annotated[float, typer.Option(help="decay of averaged weights; 0: none")] = 0.0,
+    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto", encoder: Optional[str] = None,
     weights: Annotated[Optional[str], typer.Option(help="start from 'scenes' or a .safetensors file")] = None,
-    encoder: Optional[str] = None, encoder_weights: Annotated[Optional[str], typer.Option(help="'imagenet' or a file")] = None,
+    encoder_weights: Annotated[Optional[str], typer.Option(help="'imagenet' or a file")] = None,
     option: Annotated[Optional[list[str]], typer.Option(help="of the model, as width=32; may be repeated")] = None,
     workers: Annotated[Optional[int], typer.Option(help="processes that load data")] = None, tensorboard: bool = False,
     out: Annotated[Path, typer.Option(help="the run's folder")] = Path("runs/last"),
@@ -82,9 +82,14 @@ def train(
     try: learner = runs.train(settings, out, root, resume, workers=workers, tensorboard=tensorboard)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}\nGo on with: synseg train --out {out} --resume") from None
-    last, scores = learner.history[-1], [row["mean_iou"] for row in learner.history if "mean_iou" in row]
-    typer.echo(f"{last['images']:,} images in {last['seconds'] / 60:.1f} minutes" + (f", best mean IoU {100 * max(scores):.1f} %" if scores else "")
-               + f"\nNext: synseg evaluate {out}\n      synseg predict {out} PHOTO --out out/")
+    typer.echo(f"{_summary(learner.history)}\nNext: synseg evaluate {out}\n      synseg predict {out} PHOTO --out out/")
+
+# %% ../nbs/92_cli.ipynb #00597f84
+def _summary(rows: list[dict]) -> str:
+    "What a run saw, how long it took, how well it did at best"
+    scores = [row["mean_iou"] for row in rows if "mean_iou" in row]
+    best = f", best mean IoU {100 * max(scores):.1f} %" if scores else ""
+    return f"{rows[-1]['images']:,} images in {rows[-1]['seconds'] / 60:.1f} minutes{best}"
 
 # %% ../nbs/92_cli.ipynb #7bbf70f5
 @app.command()
@@ -154,7 +159,7 @@ def predict(
     from synseg.inference import as_image, halo_for, predict as segment
     from synseg.zoo import load_model
     model = load_model(checkpoint(run)).to(default_device())
-    refine, seen = _crf(crf, model.num_classes), parse_view(size, model.card.input_size)
+    refine, seen = crf_layer(crf, model.num_classes), parse_view(size, model.card.input_size)
     halo = halo_for(model) if tile else None
     space = _display_space(model)
     for photo in photos:
@@ -166,17 +171,6 @@ def predict(
     typer.echo(f"pictures are in {out}")
 
 # %% ../nbs/92_cli.ipynb #5701c56b
-def _crf(kind: str | None, num_classes: int):
-    "The CRF layer by its short name, or a sentence"
-    import synseg
-    if kind is None: return None
-    names = {"dense": "DenseCRF", "conv": "ConvCRF"}
-    if kind not in names: raise ValueError(f"--crf is {kind!r}; expected dense or conv")
-    if not hasattr(synseg, names[kind]):
-        raise ValueError(f"--crf {kind} needs {names[kind]}, which arrives with the CRF part of the course: "
-                         f"synseg {synseg.__version__} does not have it yet. Leave --crf out")
-    return getattr(synseg, names[kind])(num_classes)
-
 def _display_space(model):
     "The checkpoint's label space; numbered classes where it has none"
     from synseg.labels import LabelSpace, label_space
