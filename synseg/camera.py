@@ -136,10 +136,13 @@ def add_shadow(light: np.ndarray, scene: Polygons, sight: Sight, shot: Shot) -> 
 # %% ../nbs/04_camera.ipynb #df012263
 def add_clouds(light: np.ndarray, sight: Sight, cloud: float) -> np.ndarray:
     "Brighten the sky by smooth noise of strength `cloud`, seen as a ceiling in perspective"
-    sky, reach = sight.labels == SKY, 1 / (np.float32(.12) + np.maximum(sight.up, 0))
-    tile = noise_tile(power=1.7)
-    veil = tile[(sight.up * reach * 150).astype(np.int32) & 255, (sight.right * reach * 40).astype(np.int32) & 255]
-    return light + (1 - np.minimum(light, 1)) * (sky * np.clip(cloud * (np.float32(.45) + np.float32(.4) * veil), 0, 1))[..., None]
+    sky = sight.labels == SKY
+    rows = np.flatnonzero(sky.any(1)).max(initial=-1) + 1
+    up, tile, light = sight.up[:rows], noise_tile(power=1.7), light.copy()
+    reach = 1 / (np.float32(.12) + np.maximum(up, 0))
+    veil = tile[(up * reach * 150).astype(np.int32) & 255, (sight.right * reach * 40).astype(np.int32) & 255]
+    light[:rows] += (1 - np.minimum(light[:rows], 1)) * (sky[:rows] * np.clip(cloud * (np.float32(.45) + np.float32(.4) * veil), 0, 1))[..., None]
+    return light
 
 
 def add_haze(light: np.ndarray, sight: Sight, shot: Shot) -> np.ndarray:
