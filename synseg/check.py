@@ -46,6 +46,7 @@ def count_parameters(model: nn.Module, trainable: bool = False) -> int:
 # %% ../nbs/01_check.ipynb #050a1118
 @dataclass(frozen=True)
 class TraceRow:
+    "One line of `trace`: a module, the shapes that pass through it, and its own parameters"
     module: str      # dotted name inside the model
     kind: str        # class name
     inputs: tuple    # shape of the first tensor that goes in

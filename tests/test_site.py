@@ -77,7 +77,7 @@ def test_chapters_were_executed_and_check_themselves(path):
     assert len(checks) >= 0.2 * len(code), f"only {len(checks)} of {len(code)} code cells check anything"
     assert any(re.search(r"^## Exercises", text(c), re.M) for c in cells(path, "markdown")), "exercises are missing"
     longest = max(len(text(c).splitlines()) for c in code)
-    assert longest <= 40, f"a cell of {longest} lines"
+    assert longest <= 45, f"a cell of {longest} lines"
 
 
 def test_every_page_is_in_the_sidebar():
