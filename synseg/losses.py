@@ -77,7 +77,7 @@ class CrossEntropyLoss(SegmentationLoss):
 # %% ../nbs/10_losses.ipynb #20508d1c
 def median_frequency_weights(
     pixels: Tensor, # (K,) pixels of each class in the training set
-    image_pixels: Tensor, # (K,) labelled pixels of the images that hold the class
+    image_pixels: Tensor, # (K,) all pixels of the images that hold the class (`class_frequencies` gives both)
 ) -> Tensor: # (K,) float32, 1 for the class of median frequency
     "median(f) / f, f a class's share of the pixels of the images that hold it (Eigen & Fergus 2015; SegNet)"
     share = torch.as_tensor(pixels).double() / torch.as_tensor(image_pixels)
