@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from synseg.labels import label_space
-from synseg.recipes import RECIPES, describe, published_scores, recipe
+from synseg.recipes import RECIPES, describe, recipe
 from synseg.runs import VALID_SEED, Chosen, Run, read_run, scenes, score_set, settled, train, training_set
 from synseg.scenes import Scenes
 
