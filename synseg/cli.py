@@ -54,7 +54,7 @@ def train(
     domain: Annotated[str, typer.Option(help="of scenes: camera, synthetic or both")] = "camera",
     images: Annotated[Optional[int], typer.Option(help="how many scenes, or the first of the data set")] = None,
     size: Annotated[Optional[str], typer.Option(help="height x width to train at; default: a shorter side of 120 on a CPU")] = None,
-    epochs: Annotated[Optional[int], typer.Option(help="default: until about 28,000 images are seen on a CPU")] = None,
+    epochs: Annotated[Optional[int], typer.Option(help="default: until about 28,000 images are seen on a CPU, or 9 minutes are over")] = None,
     minutes: Annotated[Optional[float], typer.Option(help="stop after this much time; the schedule fits itself to it")] = None,
     batch_size: int = 8, lr: float = 3e-3, weight_decay: float = 1e-2, seed: int = 0,
     loss: Annotated[str, typer.Option(help="cross_entropy, focal, dice or lovasz")] = "cross_entropy",

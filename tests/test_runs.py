@@ -40,6 +40,7 @@ def test_what_is_left_open_is_settled():
     assert settled(Run(), data, "cpu").size == (96, 128)
     assert settled(Run(), data, "cpu").epochs == 2800
     assert settled(Run(minutes=2), data).epochs is None
+    assert settled(Run(), data, "cpu").minutes == 9 and settled(Run(), data, "cuda").minutes is None
     assert settled(TINY, data) == TINY
 
 
