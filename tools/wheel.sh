@@ -25,4 +25,5 @@ test "$(ls out | wc -l)" -ge 3
 "$bin/synseg" notebooks course
 test -f course/00_core.ipynb -o -f course/nbs/00_core.ipynb
 "$bin/python" -c "import synseg, sys; assert not {'nbdev','fastcore'} & set(sys.modules); print('synseg', synseg.__version__, 'from the wheel')"
+"$bin/python" -c "from synseg import load_result; assert load_result('camvid_metric_reference')['metrics']['images'] == 101; print('recorded results: in the wheel')"
 echo "wheel: ok"
