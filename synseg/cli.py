@@ -56,7 +56,7 @@ def train(
     size: Annotated[Optional[str], typer.Option(help="height x width to train at; default: a shorter side of 120 on a CPU")] = None,
     epochs: Annotated[Optional[int], typer.Option(help="default: until about 28,000 images are seen on a CPU, or 9 minutes are over")] = None,
     minutes: Annotated[Optional[float], typer.Option(help="stop after this much time; the schedule fits itself to it")] = None,
-    batch_size: int = 8, lr: float = 3e-3, weight_decay: float = 1e-2, seed: int = 0,
+    batch_size: Annotated[Optional[int], typer.Option(help="default: 4 on a CPU, 8 on a GPU")] = None, lr: float = 3e-3, weight_decay: float = 1e-2, seed: int = 0,
     loss: Annotated[str, typer.Option(help="cross_entropy, focal, dice or lovasz")] = "cross_entropy",
     ema: Annotated[float, typer.Option(help="decay of averaged weights; 0: none")] = 0.0,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto", encoder: Optional[str] = None,

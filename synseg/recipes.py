@@ -127,11 +127,11 @@ def _profiles(smoke: Run, cpu: Run, gpu: Run) -> dict:
 _ALL = [
     Recipe("scenes_domain_gap", "Train on drawn scenes, score on photographed ones, and the three other ways round.",
            {"smoke": {d: replace(_SMOKE, domain=d) for d in ("synthetic", "camera")},
-            "cpu": {d: Run(domain=d, epochs=8) for d in ("synthetic", "camera")},
+            "cpu": {d: Run(domain=d, epochs=8, batch_size=8) for d in ("synthetic", "camera")},
             "gpu": {d: Run(domain=d, images=20_000, size=(240, 320), epochs=20) for d in ("synthetic", "camera")}},
            _across_domains),
     Recipe("scenes_unet_small", "The weights that ship with the package: unet_small on camera and synthetic scenes together.",
-           _profiles(replace(_SMOKE, domain="both"), Run(domain="both", images=3000, size=(120, 160), epochs=10),
+           _profiles(replace(_SMOKE, domain="both"), Run(domain="both", images=3000, size=(120, 160), epochs=10, batch_size=8),
                      Run(domain="both", images=40_000, size=(240, 320), epochs=20)), _on_both),
     Recipe("camvid_unet_small", "The CPU mark: unet_small on CamVid's train, from random weights, scored on val.",
            _profiles(_SMOKE, _CAMVID, replace(_CAMVID, size=(360, 480), epochs=500)), _one, "camvid"),

@@ -45,7 +45,7 @@ class Run:
     size: tuple[int, int] | None = None  # height, width that the network trains at
     epochs: int | None = None
     minutes: float | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     lr: float = 3e-3
     weight_decay: float = 1e-2
     seed: int = 0
@@ -154,7 +154,7 @@ def _first(data: Dataset, n: int | None) -> Dataset:
 # %% ../nbs/95_runs.ipynb #231b2011
 def settled(run: Run, data: Dataset, device: str | None = None) -> Run:
     """The run with nothing left open: on a CPU the shorter side is 120 pixels and 28,000 images
-    are seen in all, or as many as nine minutes allow (say --epochs to have the same steps on any machine);
+    are seen in all, or as many as nine minutes allow (say --epochs to have the same steps on any machine), four at a time;
     on a GPU the shorter side is at most 512 and 200,000 are seen. Scenes are 96x128 unless said otherwise."""
     device = device or default_device().type
     size, epochs, minutes = run.size, run.epochs, run.minutes
@@ -162,7 +162,8 @@ def settled(run: Run, data: Dataset, device: str | None = None) -> Run:
     if epochs is None and minutes is None:
         epochs = max(1, round((CPU_IMAGES if device == "cpu" else GPU_IMAGES) / len(data)))
         minutes = CPU_MINUTES if device == "cpu" else None
-    return replace(run, size=size, epochs=epochs, minutes=minutes)
+    batch_size = run.batch_size or (4 if device == "cpu" else 8)
+    return replace(run, size=size, epochs=epochs, minutes=minutes, batch_size=batch_size)
 
 def _default_size(data: Dataset, shorter: int) -> tuple[int, int]:
     "Height and width of the first image, scaled down to this shorter side; multiples of 8"
