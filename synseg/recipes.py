@@ -116,7 +116,7 @@ def _metric_reference(learners, profile, root) -> dict:
 # %% ../nbs/90_recipes.ipynb #6f77e433
 _SMOKE = Run(images=64, size=(64, 96), epochs=2)
 _CAMVID = Run(data="camvid")
-_ISBI = Run(data="isbi2012", in_channels=1, batch_size=4, lr=2e-3, split="train", valid="val", size=(256, 256), epochs=150,
+_ISBI = Run(data="isbi2012", in_channels=1, batch_size=4, lr=2e-3, split="train", valid="val", size=(256, 256), epochs=100,
             augment=dict(scale=(0.8, 1.25), reference="pixel", rotation=180, elastic=10, outside="mirror"))
 
 def _profiles(smoke: Run, cpu: Run, gpu: Run) -> dict:
@@ -136,7 +136,7 @@ _ALL = [
     Recipe("camvid_unet_small", "The CPU mark: unet_small on CamVid's train, from random weights, scored on val.",
            _profiles(_SMOKE, _CAMVID, replace(_CAMVID, size=(360, 480), epochs=500)), _one, "camvid"),
     Recipe("camvid_unet_small_holdout", "Trained without sequence 0001TP (dusk) and scored on it: val flatters, this does not.",
-           _profiles(_SMOKE, replace(_CAMVID, hold_out="0001TP"),
+           _profiles(_SMOKE, replace(_CAMVID, hold_out="0001TP", epochs=40),
                      replace(_CAMVID, hold_out="0001TP", size=(360, 480), epochs=500)), _one, "camvid"),
     Recipe("isbi2012_unet_small", "U-Net's first task: membranes in electron micrographs, slices 0-23 to train, 24-29 to score.",
            _profiles(replace(_SMOKE, in_channels=1), _ISBI,
