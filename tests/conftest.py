@@ -1,11 +1,15 @@
 "Where real data may lie, and the small things that every test file shares"
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 SHARED = Path(os.environ.get("SYNSEG_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+# A test run started in the background inherits "ignore Ctrl-C", and so would the runs that it starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
