@@ -75,14 +75,9 @@ def _iou(counts: Tensor, charge_void: bool = False) -> Tensor: # (..., K) float6
     union = counts[..., :-1, :].sum(-1) + rows[..., :-1].sum(-2) - hit
     return hit / union # 0/0 is NaN: absent
 
-# %% ../nbs/09_metrics.ipynb #47b38c9a
-class ConfusionMatrix:
-    """Counts of (true class, predicted class) over a data set, and the scores that follow from them
-
-    Void in the truth is left out. Void in the prediction on a labelled pixel is a miss for the true class and a false
-    positive for none. A class that neither map holds is NaN in `iou` and left out of every mean. Scores lie in [0, 1],
-    or are NaN before any labelled pixel was seen.
-    """
+# %% ../nbs/09_metrics.ipynb #47b38c01
+class _Counts:
+    "Counting: what `ConfusionMatrix` holds, and how it grows"
     def __init__(self,
                  num_classes: int, # K
                  ignore_index: int = VOID, # the value that means void
@@ -118,6 +113,9 @@ class ConfusionMatrix:
             self.image_scores += other.image_scores
         return self
 
+# %% ../nbs/09_metrics.ipynb #47b38c03
+class _ByClass(_Counts):
+    "Scores in which each pixel or each class has one voice"
     @property
     def matrix(self) -> Tensor: # (K, K) int64
         "Pixels by true class (row) and predicted class (column), void left out of both"
@@ -148,6 +146,14 @@ class ConfusionMatrix:
         "Mean IoU over the classes present, from counts of the whole data set (VOC, Cityscapes, CamVid)"
         return self.iou(charge_void).nanmean().item()
 
+# %% ../nbs/09_metrics.ipynb #47b38c05
+class ConfusionMatrix(_ByClass):
+    """Counts of (true class, predicted class) over a data set, and the scores that follow from them
+
+    Void in the truth is left out. Void in the prediction on a labelled pixel is a miss for the true class and a false
+    positive for none. A class that neither map holds is NaN in `iou` and left out of every mean. Scores lie in [0, 1],
+    or are NaN before any labelled pixel was seen.
+    """
     def frequency_weighted_iou(self) -> float:
         "IoU weighted by each class's share of the labelled pixels (Long et al. 2015)"
         pixels = self.counts[:-1].sum(1).double()

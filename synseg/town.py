@@ -88,7 +88,9 @@ BINS, BARK = ((60, 80, 60), (150, 40, 40), (80, 80, 85), (40, 60, 110)), (88, 68
 RED, WHITE, BLUE, GREEN, BROWN, YELLOW = (200, 30, 35), (240, 240, 236), (30, 75, 165), (20, 100, 70), (90, 60, 40), (225, 185, 60)
 
 
-def tone(colour, factor: float): return tuple(c * factor for c in colour)
+def tone(colour, factor: float):
+    "A colour, darker or lighter by a factor"
+    return tuple(c * factor for c in colour)
 
 # %% ../nbs/84_town.ipynb #2154c2be
 class Plan:

@@ -12,7 +12,7 @@ from torch import nn
 
 from synseg.check import receptive_field
 from synseg.inference import (SCALES, _bands, _resized, as_image, halo_for, predict, predict_probabilities, tile_spans)
-from synseg.unet import UNet, unet_small
+from synseg.unet import UNet, ValidUNet, unet_small
 
 
 def network(num_classes=5, in_channels=3, seed=0, **options):
@@ -94,7 +94,7 @@ def test_modes_come_back():
 
 
 def test_valid_networks_and_single_scores():
-    valid = UNet(2, 1, width=4, valid=True).eval()
+    valid = ValidUNet(2, 1, width=4).eval()
     x = torch.rand(1, 130, 215)
     torch.testing.assert_close(predict_probabilities(valid, x, tile=64), predict_probabilities(valid, x), rtol=1e-4, atol=1e-5)
     single = network(num_classes=1)
