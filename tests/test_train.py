@@ -285,7 +285,7 @@ def test_accumulated_batches_equal_one_large_batch():
     large = learner(model=plain(), batch_size=8, **kw).fit(2)
     small = learner(model=plain(), batch_size=4, accumulate=2, **kw).fit(2)
     assert large.progress.step == small.progress.step == 6
-    torch.testing.assert_close(large.model.weight, small.model.weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(large.model.weight, small.model.weight, rtol=1e-3, atol=1e-5)
 
 
 def test_schedule_drives_the_learning_rate():
