@@ -43,12 +43,12 @@ sync: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check synseg tests tools setup.py
 
-# One thread to a worker: two workers with two threads each would fight over two cores.
+# One thread to a process: two workers with two threads each would fight over two cores, and a neighbour makes both wait.
 notebooks: $(VENV)/.dev
 	OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/nbdev_test --timing --do_print
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 wheel: $(VENV)/.dev
 	PYTHON=$(BIN)/python sh tools/wheel.sh
