@@ -27,6 +27,8 @@ $(VENV)/.course: $(VENV)/.made settings.ini setup.py
 $(VENV)/.dev: $(VENV)/.made settings.ini setup.py
 	@echo "Installing (a minute or two: PyTorch is large) ..."
 	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --progress-bar off "pydensecrf2>=1.1" >/dev/null 2>&1 || \
+	  echo "pydensecrf2 could not be built (it needs a C++ compiler): the tests that compare the dense CRF with it are skipped."
 	@touch $@
 
 course: $(VENV)/.course

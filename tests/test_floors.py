@@ -7,18 +7,19 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "synseg"
 FLOOR = dict(
     core=0,
-    check=1, labels=1, runstate=1, things=1,
-    street=2, show=2, metrics=2, losses=2, transforms=2, schedules=2, files=2,
-    town=3, camera=3, layouts=3, scoring=3, segmenter=3,
-    scenes=4, datasets=4, callbacks=4,
+    check=1, labels=1, runstate=1, things=1, stopwatch=1,
+    street=2, show=2, metrics=2, losses=2, transforms=2, schedules=2, files=2, kmeans=2, cuts=2, lattice=2,
+    town=3, camera=3, layouts=3, scoring=3, segmenter=3, grid_crf=3, filters=3,
+    scenes=4, datasets=4, callbacks=4, dense_crf=4, conv_crf=4,
     engine=5, unet=5,
     zoo=6,
     train=7, inference=7,
-    runs=8, doctor=8, notebooks=8, console=8,
+    runs=8, doctor=8, notebooks=8, console=8, benchmark=8,
     recipes=9, browse=9,
     cli=10,
 )
 NETWORKS = {"segmenter", "unet", "zoo"}
+CLASSICAL = {"kmeans", "cuts", "lattice", "grid_crf", "filters", "dense_crf", "conv_crf"}
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
 
 
@@ -54,6 +55,7 @@ def test_no_star_imports_and_no_notebook_tools(name):
     stars = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and any(a.name == "*" for a in n.names)]
     assert not stars, f"{name} imports everything from {stars}"
     assert not third_party(name) & {"nbdev", "fastcore", "execnb"}
+    assert name == "benchmark" or not third_party(name) & {"skimage", "pydensecrf", "torchmetrics"}, "a rival is only timed, never needed"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -62,8 +64,8 @@ def test_modules_stay_small(name):
     assert lines <= 275, f"{name} has {lines} lines: split it by what it is responsible for"
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS & set(MODULES)))
-def test_networks_know_nothing_of_data_or_training(name):
+@pytest.mark.parametrize("name", sorted((NETWORKS | CLASSICAL) & set(MODULES)))
+def test_networks_and_fields_know_nothing_of_data_or_training(name):
     assert not package_imports(name) & {"scenes", "street", "town", "camera", "datasets", "transforms", "engine", "train", "metrics", "losses"}
 
 
