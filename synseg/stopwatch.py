@@ -188,10 +188,16 @@ def _highest() -> int:
     import resource
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+def _forget_highest() -> None:
+    "Let the highest point be what is held now, where Linux allows it"
+    try: Path("/proc/self/clear_refs").write_text("5")
+    except OSError: pass
+
 def _report_memory(module: str, function: str, arguments: list, threads: int) -> None:
     "Runs in the fresh process: prepare, call, print the figures"
     torch.set_num_threads(threads)
     call = getattr(importlib.import_module(module), function)(*arguments)
+    _forget_highest()
     before = _status("VmRSS") or _highest()
     call()
     print(json.dumps(dict(peak=_highest(), before=before)))
@@ -202,7 +208,7 @@ def peak_memory(prepare: Callable,  # a function at the top of a module: prepare
                ) -> dict[str, int]:
     """Bytes that a fresh process holds at most while it makes a call (`peak`), and just `before` it.
 
-    `peak` counts Python and PyTorch too. ValueError for a function that another process cannot import; RuntimeError if that fails."""
+    `peak` counts Python, PyTorch and the data too; outside of Linux also what preparing them took. ValueError for a function that another process cannot import; RuntimeError if that fails."""
     if prepare.__module__ == "__main__" or "." in prepare.__qualname__:
         raise ValueError(f"{prepare.__qualname__} is not at the top of a module: a fresh process could not import it")
     code = "import sys, json; from synseg.stopwatch import _report_memory as r; r(*json.loads(sys.argv[1]))"

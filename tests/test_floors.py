@@ -11,12 +11,12 @@ FLOOR = dict(
     street=2, show=2, metrics=2, losses=2, transforms=2, schedules=2, files=2, kmeans=2, cuts=2, lattice=2,
     town=3, camera=3, layouts=3, scoring=3, segmenter=3, grid_crf=3, filters=3,
     scenes=4, datasets=4, callbacks=4, dense_crf=4, conv_crf=4,
-    engine=5, unet=5,
+    engine=5, unet=5, rivals=5,
     zoo=6,
     train=7, inference=7,
     runs=8, doctor=8, notebooks=8, console=8, benchmark=8,
-    recipes=9, browse=9,
-    cli=10,
+    recipes=9, browse=9, experiments=10,
+    cli=11,
 )
 NETWORKS = {"segmenter", "unet", "zoo"}
 CLASSICAL = {"kmeans", "cuts", "lattice", "grid_crf", "filters", "dense_crf", "conv_crf"}
@@ -55,7 +55,7 @@ def test_no_star_imports_and_no_notebook_tools(name):
     stars = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and any(a.name == "*" for a in n.names)]
     assert not stars, f"{name} imports everything from {stars}"
     assert not third_party(name) & {"nbdev", "fastcore", "execnb"}
-    assert name == "benchmark" or not third_party(name) & {"skimage", "pydensecrf", "torchmetrics"}, "a rival is only timed, never needed"
+    assert name == "rivals" or not third_party(name) & {"skimage", "pydensecrf", "torchmetrics"}, "a rival is only timed, never needed"
 
 
 @pytest.mark.parametrize("name", MODULES)
