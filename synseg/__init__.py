@@ -19,6 +19,8 @@ _PUBLIC = {
     "zoo": ("list_models", "model_info", "create_model", "save_model", "load_model"),
     "train": ("Learner",),
     "inference": ("predict",),
+    "kmeans": ("KMeansSegmenter",),
+    "grid_crf": ("GridCRF", "log_probs_from_labels"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_MODULE_OF)
