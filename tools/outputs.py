@@ -99,6 +99,7 @@ def execute(path, run=(), timeout=3600):
     "The executed notebook and the seconds it took; raises CellExecutionError where a cell fails"
     nb = nbformat.read(path, as_version=4)
     client = KeepingClient(nb, timeout=timeout, kernel_name="python3",
+                           extra_arguments=["--IPKernelApp.log_level=40"],  # not its advice on transport encryption
                            resources=dict(metadata=dict(path=str(Path(path).parent))))
     client.run_flags = run
     start = time.perf_counter()
