@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CACHED', 'xyrgb', 'plus_plus', 'Clusters', 'kmeans', 'KMeansSegmenter', 'match_clusters']
 
-# %% ../nbs/20_kmeans.ipynb #7d69fa9f
+# %% ../nbs/20_kmeans.ipynb #ab31d456
 import math
 import operator
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .core import VOID
 
-# %% ../nbs/20_kmeans.ipynb #e71b151c
+# %% ../nbs/20_kmeans.ipynb #991756cb
 def xyrgb(
     image: Tensor, # (3, H, W) float in [0, 1]
     spatial_weight: float = 1.0, # 0 or more: what one longer side of the image counts against one full step of a colour channel
@@ -37,7 +37,7 @@ def xyrgb(
     points[2:] = image.detach()
     return points.flatten(1).T # a view: the coordinates lie in rows, as the fast step wants them
 
-# %% ../nbs/20_kmeans.ipynb #1d832038
+# %% ../nbs/20_kmeans.ipynb #dd14c99f
 CACHED = 2**17 # scores held at once on the CPU: half a megabyte, which fits a core's cache
 
 def _chunks(count: int, rows: int, device: torch.device) -> list[slice]:
@@ -49,7 +49,7 @@ def _weights(centres: Tensor, like: Tensor) -> Tensor: # (R*k, d+1)
     "What to multiply (x, 1) with for |c|^2 - 2 x.c: the squared distance to each centre, less |x|^2"
     return torch.cat([-2 * centres, centres.square().sum(-1, keepdim=True)], -1).flatten(0, 1).to(like)
 
-# %% ../nbs/20_kmeans.ipynb #449ec9ec
+# %% ../nbs/20_kmeans.ipynb #c3f19bb9
 def _step(
     points: Tensor, # (d+1, n) float32, coordinates in rows, the last row all ones
     centres: Tensor, # (R, k, d) float64 on the CPU: R independent sets of k centres
@@ -72,7 +72,7 @@ def _step(
         sums += added
     return sums.view(restarts, k, d + 1), inertia
 
-# %% ../nbs/20_kmeans.ipynb #e438a3d4
+# %% ../nbs/20_kmeans.ipynb #5f844028
 def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]: # (n,) int64 labels, (n,) float32 squared distances
     "The nearest of the (k, d) centres to each point; distances as plain differences, which do not cancel"
     weights, table = _weights(centres[None], points), centres.T.to(points)
@@ -91,7 +91,7 @@ def _refill(points: Tensor, centres: Tensor, means: Tensor, sums: Tensor) -> Ten
         means[r, empty[useful]] = points[:-1, where].T.cpu().double()[useful]
     return means
 
-# %% ../nbs/20_kmeans.ipynb #c4a91aab
+# %% ../nbs/20_kmeans.ipynb #7f82538b
 def _lloyd(points: Tensor, centres: Tensor, iterations: int, tolerance: float, history: list | None = None) -> Tensor:
     "Lloyd's iterations for R sets of centres at once, until all of them move by no more than `tolerance` (squared)"
     for _ in range(iterations):
@@ -104,7 +104,7 @@ def _lloyd(points: Tensor, centres: Tensor, iterations: int, tolerance: float, h
         if moved <= tolerance: break
     return centres
 
-# %% ../nbs/20_kmeans.ipynb #73d2c377
+# %% ../nbs/20_kmeans.ipynb #50330956
 def plus_plus(
     points: Tensor, # (N, d) float
     k: int, # centres to choose
@@ -133,7 +133,7 @@ def plus_plus(
         chosen = torch.cat([chosen, points[index[row, best]].unsqueeze(1)], 1)
     return chosen
 
-# %% ../nbs/20_kmeans.ipynb #bdee9c9e
+# %% ../nbs/20_kmeans.ipynb #283466c4
 def _sample(points: Tensor, count: int, generator: torch.Generator) -> Tensor: # (d+1, count)
     "One point at random from each of `count` equal stretches; all of them where there are no more"
     if points.shape[1] <= count: return points
@@ -151,14 +151,14 @@ def _best(points: Tensor, centres: Tensor, keep: int) -> Tensor: # (keep or fewe
 def _tournament(points: Tensor, k: int, restarts: int, tolerance: float, generator: torch.Generator) -> Tensor: # (1, k, d)
     "Many quick starts on few points, the better ones on more, the best that differ on all"
     few, more = (_sample(points, max(least, each * k), generator) for least, each in ((2048, 32), (16384, 128)))
-    try: centres = plus_plus(few[:-1].T, k, 28 + 4 * restarts, generator)
+    try: centres = plus_plus(few[:-1].T, k, 30 + 2 * restarts, generator)
     except ValueError: centres = plus_plus(points[:-1].T, k, 1, generator) # a rare colour escaped the sample, or k is too large
     centres = _lloyd(few, centres.cpu().double(), 8, tolerance)
-    for iterations in (6, 30): centres = _lloyd(more, _best(more, centres, 6 + restarts), iterations, tolerance)
+    for iterations in (6, 30): centres = _lloyd(more, _best(more, centres, 8), iterations, tolerance)
     centres = _best(more, centres, 3)
     return centres if len(centres) == 1 else _best(points, _lloyd(points, centres, 1, tolerance), 1)
 
-# %% ../nbs/20_kmeans.ipynb #fd37babe
+# %% ../nbs/20_kmeans.ipynb #9cb4eb1c
 class Clusters(NamedTuple):
     "What `kmeans` found"
     labels: Tensor # (N,) int64 in 0 ... k-1
@@ -175,7 +175,7 @@ def _checked(points: Tensor, k: int, restarts: int, start: Tensor | None) -> Non
     if start is not None and start.shape != (k, points.shape[1]):
         raise ValueError(f"start of shape {tuple(start.shape)} found; expected k centres {(k, points.shape[1])}")
 
-# %% ../nbs/20_kmeans.ipynb #62099c0a
+# %% ../nbs/20_kmeans.ipynb #4ed4db6d
 @torch.no_grad()
 def kmeans(
     points: Tensor, # (N, d) float
@@ -209,7 +209,7 @@ def kmeans(
             best = Clusters(labels, centres.to(middle) + middle, inertia, [max(0.0, spread + h) for h in history] + [inertia])
     return best
 
-# %% ../nbs/20_kmeans.ipynb #b6ecc99f
+# %% ../nbs/20_kmeans.ipynb #94af146e
 class KMeansSegmenter:
     """Segments by clusters of place and colour (`xyrgb`, `kmeans`); knows no classes: the numbers of two images' clusters have
     nothing to do with each other. After a call `inertia_`, `history_` (inertia by iteration), `centres_` (k, 5) tell of the
@@ -227,7 +227,7 @@ class KMeansSegmenter:
 
     def __repr__(self) -> str: return f"KMeansSegmenter(k={self.k}, spatial_weight={self.spatial_weight})"
 
-# %% ../nbs/20_kmeans.ipynb #dfbc9e4d
+# %% ../nbs/20_kmeans.ipynb #3b373aa9
 def match_clusters(
     clusters: Tensor, # (H, W) or (N, H, W) int64 cluster of each pixel; one numbering for all images given
     labels: Tensor, # the same shape: class ids, 255 = void
