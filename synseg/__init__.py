@@ -21,6 +21,8 @@ _PUBLIC = {
     "inference": ("predict",),
     "kmeans": ("KMeansSegmenter",),
     "grid_crf": ("GridCRF", "log_probs_from_labels"),
+    "dense_crf": ("DenseCRF",),
+    "conv_crf": ("ConvCRF",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_MODULE_OF)

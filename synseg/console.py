@@ -70,12 +70,9 @@ def parse_view(size: str | None, trained: tuple[int, int] | None) -> int | tuple
 
 # %% ../nbs/97_console.ipynb #70da04b1
 def crf_layer(kind: str | None, num_classes: int):
-    "The CRF layer by its short name, or a sentence"
+    "The random field that --crf names, with the customary parameters; None for None, ValueError for another name"
     import synseg
     if kind is None: return None
     names = {"dense": "DenseCRF", "conv": "ConvCRF"}
     if kind not in names: raise ValueError(f"--crf is {kind!r}; expected dense or conv")
-    if not hasattr(synseg, names[kind]):
-        raise ValueError(f"--crf {kind} needs {names[kind]}, which arrives with the CRF part of the course: "
-                         f"synseg {synseg.__version__} does not have it yet. Leave --crf out")
-    return getattr(synseg, names[kind])(num_classes)
+    return getattr(synseg, names[kind])(num_classes).requires_grad_(False)

@@ -15,7 +15,7 @@ import torch, torch.nn.functional as F
 from .core import default_device, fast_bf16, results_dir
 
 # %% ../nbs/91_doctor.ipynb #d2b00f4b
-NEEDED = ("torch", "torchvision", "numpy", "matplotlib", "scikit-learn", "pillow", "tqdm", "accelerate", "safetensors", "pooch", "typer")
+NEEDED = ("torch", "torchvision", "numpy", "scipy", "matplotlib", "scikit-learn", "pillow", "tqdm", "accelerate", "safetensors", "pooch", "typer")
 
 def version(package: str) -> str | None:
     "The installed version of a distribution, or None"
@@ -48,8 +48,8 @@ OPTIONAL = [  # module, what it is for, command
     ("jupytext", "open notebooks as scripts", 'pip install "synseg[course]"'),
     ("ipywidgets", "move the sliders of the chapters", 'pip install "synseg[course]"'),
     ("skimage", "the photographs and comparisons of some chapters", 'pip install "synseg[course]"'),
-    ("torchmetrics", "check the metrics against another library", 'pip install "synseg[course]"'),
-    ("pydensecrf", "compare the dense CRF with the authors' code (needs a C++ compiler)", 'pip install "synseg[crf]"'),
+    ("torchmetrics", "check the metrics and their speed against another library", 'pip install "synseg[course]"'),
+    ("pydensecrf", "compare the dense CRF with the authors' code, in tests and in synseg benchmark crf (a C++ compiler is needed for this one)", 'pip install "synseg[crf]"'),
     ("tensorboard", "synseg train --tensorboard", "pip install tensorboard"),
     ("pytest", "run the tests", 'pip install "synseg[test]"'),
     ("nbdev", "change the course itself", 'pip install "synseg[dev]"'),

@@ -13,8 +13,9 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+import synseg as package
 from synseg.cli import app
-from synseg.inference import predict
+from synseg.inference import as_image, predict, predict_probabilities
 from synseg.zoo import create_model, load_model, save_model
 
 PROGRAM = [sys.executable, "-c", "from synseg.cli import main; main()"]
@@ -144,12 +145,60 @@ def test_bad_photographs(run, photo, tmp_path):
     assert "cannot be read" in refused("predict", run, tmp_path / "zero.png", "--out", tmp_path)
 
 
-def test_crf_is_announced_not_faked(run, photo, tmp_path):
-    import synseg as package
-    if hasattr(package, "DenseCRF"):
-        pytest.skip("the CRF part is there")
-    assert "arrives with the CRF part" in refused("predict", run, photo, "--crf", "dense", "--out", tmp_path)
+@pytest.mark.parametrize("kind,name", [("dense", "DenseCRF"), ("conv", "ConvCRF")])
+def test_predict_with_a_crf_is_the_network_and_then_the_field(run, photo, tmp_path, kind, name):
+    code, out, _ = synseg("predict", run, photo, "--crf", kind, "--out", tmp_path / kind)
+    assert code == 0 and "pictures are in" in out
+    model = load_model(run / "model.safetensors")
+    log_probs = predict_probabilities(model, photo, size=64).log()
+    field = getattr(package, name)(11)
+    with torch.no_grad():
+        want = field(log_probs[None], as_image(photo)[None])[0].max(0).indices.numpy()
+    got = np.asarray(Image.open(tmp_path / kind / "photo_index.png"))
+    assert got.shape == (83, 131) and (got == want).mean() > 0.999
+
+
+def test_a_crf_sharpens_what_the_shipped_weights_say(tmp_path):
+    scenes = package.Scenes(8, size=(120, 160), domain="camera", seed=20)
+    Image.fromarray(scenes.raw(7)[0]).save(tmp_path / "street.png")
+    answers = {}
+    for kind, words in dict(plain=[], dense=["--crf", "dense"], tiles=["--crf", "dense", "--tile", 64]).items():
+        assert synseg("predict", "scenes", tmp_path / "street.png", "--size", "full", "--out", tmp_path / kind, *words)[0] == 0
+        answers[kind] = np.asarray(Image.open(tmp_path / kind / "street_index.png"))
+    assert 0.5 < (answers["plain"] == answers["dense"]).mean() < 1
+    assert (answers["tiles"] == answers["dense"]).mean() > 0.995
+    borders = {k: (a[:, 1:] != a[:, :-1]).sum() for k, a in answers.items()}
+    assert borders["dense"] < borders["plain"]
+
+
+def test_crf_names_what_there_is(run, photo, tmp_path):
     assert "dense or conv" in refused("predict", run, photo, "--crf", "magic", "--out", tmp_path)
+
+
+def test_benchmark_lists_what_there_is():
+    code, out, err = synseg("benchmark")
+    assert code == 0 and not err and all(name in out for name in ("crf", "kmeans", "metrics", "synseg benchmark"))
+    assert set(json.loads(synseg("benchmark", "--json")[1])) == {"crf", "kmeans", "metrics"}
+
+
+def test_benchmark_prints_a_table_or_one_json_object(tmp_path):
+    words = ["--size", "32x48", "--rounds", "1"]
+    code, out, err = synseg("benchmark", "metrics", "kmeans", *words)
+    assert code == 0 and "from logits" in out and "scikit-learn" in out and "cores" in out and "round 1 of 1" in err
+    code, out, err = synseg("benchmark", "metrics", *words, "--json", "--record", tmp_path)
+    found = json.loads(out)
+    assert code == 0 and set(found) == {"metrics"} and set(found["metrics"]["groups"]) == {"from labels", "from logits"}
+    (record,) = tmp_path.glob("benchmark_metrics*.json")
+    saved = json.loads(record.read_text())
+    assert saved["metrics"]["groups"].keys() == found["metrics"]["groups"].keys() and saved["machine"]["cores"] >= 1
+
+
+@pytest.mark.parametrize("words,part", [(["crv"], "no benchmark 'crv'"), (["metrics", "crv"], "no benchmark 'crv'"),
+                                        (["metrics", "--size", "360"], "height x width"), (["metrics", "--size", "4x4"], "at least 16"),
+                                        (["metrics", "--rounds", "0"], "at least one"), (["metrics", "--device", "abacus"], "does not work here")])
+def test_benchmark_mistakes(words, part):
+    code, out, err = synseg("benchmark", *words)
+    assert code == 2 and not out and part in err and "Traceback" not in err
 
 
 def test_train_on_files_and_on_grey_ones(folder, tmp_path):
