@@ -150,8 +150,9 @@ def _best(points: Tensor, centres: Tensor, keep: int) -> Tensor: # (keep or fewe
 
 def _tournament(points: Tensor, k: int, restarts: int, tolerance: float, generator: torch.Generator) -> Tensor: # (1, k, d)
     "Many quick starts on few points, the better ones on more, the best that differ on all"
-    few, more = (_sample(points, max(least, each * k), generator) for least, each in ((2048, 32), (16384, 128)))
-    try: centres = plus_plus(few[:-1].T, k, 30 + 2 * restarts, generator)
+    few, more = (_sample(points, max(min(most, points.shape[1] // 4), each * k), generator) for most, each in ((2048, 32), (16384, 128)))
+    starts = max(1 + restarts, (30 + 2 * restarts) * 8 // max(8, k))
+    try: centres = plus_plus(few[:-1].T, k, starts, generator)
     except ValueError: centres = plus_plus(points[:-1].T, k, 1, generator) # a rare colour escaped the sample, or k is too large
     centres = _lloyd(few, centres.cpu().double(), 8, tolerance)
     for iterations in (6, 30): centres = _lloyd(more, _best(more, centres, 8), iterations, tolerance)
