@@ -43,16 +43,16 @@ def transposed(columns: Tensor, values: Tensor, width: int) -> Rows:
 # %% ../nbs/27_filters.ipynb #5a15edee
 def blur_matrices(lattice: Lattice) -> list[Rows]:
     "For each axis the sparse matrix (M, M) with 1 on the diagonal and 1/2 at the neighbours that exist"
-    m, out = lattice.num_vertices, []
-    weight = torch.tensor([0.5, 1.0, 0.5], dtype=lattice.weights.dtype, device=lattice.weights.device).expand(m, 3)
-    ids = torch.arange(m, dtype=torch.int32, device=weight.device)
-    for before, after in lattice.neighbours:
-        columns = torch.stack([before, ids, after], 1)
-        there = columns < m
-        pointers = torch.zeros(m + 1, dtype=torch.int32, device=weight.device)
-        torch.cumsum(there.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=pointers[1:])
-        out.append(Rows(pointers, columns[there], weight[there]))
-    return out
+    m, size = lattice.num_vertices, len(lattice.neighbours)
+    itself = torch.arange(m, dtype=torch.int32, device=lattice.neighbours.device).expand(size, m)
+    columns = torch.stack([lattice.neighbours[:, 0], itself, lattice.neighbours[:, 1]], 2)
+    there = columns < m
+    pointers = torch.zeros(size, m + 1, dtype=torch.int32, device=columns.device)
+    torch.cumsum(there.sum(2, dtype=torch.int32), 1, dtype=torch.int32, out=pointers[:, 1:])
+    where, counts = there.flatten().nonzero()[:, 0], pointers[:, -1].tolist()
+    values = torch.tensor([0.5, 1.0, 0.5], device=columns.device).to(lattice.weights).repeat(size*m)
+    parts = (t.flatten().index_select(0, where).split(counts) for t in (columns, values))
+    return [Rows(*axis) for axis in zip(pointers, *parts)]
 
 NORMALIZATIONS = ("none", "before", "after", "symmetric")
 
@@ -74,10 +74,10 @@ class Kernel:
         self.splat = transposed(self.columns, self.into, self.height)
 
     def _row_sums(self, weights: Tensor) -> Tensor:
-        flat = self.columns.flatten()
+        flat, (n, size) = self.columns.flatten(), weights.shape
         x = torch.bincount(flat, weights.flatten(), minlength=self.height).to(weights)[:, None]
         for matrix in self.blur: x = matrix @ x
-        return (weights*x.index_select(0, flat).view_as(weights)).sum(1, keepdim=True)*self.scale
+        return Rows(torch.arange(0, n*size + 1, size, dtype=torch.int32, device=flat.device), flat, weights.flatten()) @ x*self.scale
 
 _KERNELS: "weakref.WeakKeyDictionary[Lattice, dict[str, Kernel]]" = weakref.WeakKeyDictionary()
 

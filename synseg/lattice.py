@@ -49,21 +49,20 @@ def _sort_planes(p: Tensor) -> Tensor:
         a.copy_(larger)
     return p
 
-def enclosing_simplex(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def enclosing_simplex(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    The simplex around each of N points: whole parts (S, N) of the S = d+1 coordinates, order (S, N) int32 of the coordinates by
-    falling residual, barycentric weights (N, S). Vertex j = whole + 1 for the first j+1 of that order, moved back onto the plane.
+    The simplex around each of N points, (S, N) on the plane, S = d+1, in units of S: whole parts (S, N) of the coordinates, their
+    order (S, N) int32 by falling residual, barycentric weights (N, S). Vertex j: whole, + 1 for the first j+1 in order, put back on the plane.
     """
-    y = (elevation(features.shape[1])/(features.shape[1] + 1)).to(features) @ features.T
-    size, bits = len(y), len(y).bit_length()
-    whole = y.round()
+    size, bits = len(elevated), len(elevated).bit_length()
+    whole = elevated.round()
     # residuals as integers whose last bits say which coordinate it is: sorting moves both; of equals the first coordinate comes first
-    name = torch.arange(size - 1, -1, -1, dtype=torch.int32, device=y.device)[:, None]
-    packed = (y - whole).mul_(2.0**30).to(torch.int32).bitwise_and_(-(1 << bits)).bitwise_or_(name)
+    name = torch.arange(size - 1, -1, -1, dtype=torch.int32, device=elevated.device)[:, None]
+    packed = (elevated - whole).mul_(2.0**30).to(torch.int32).bitwise_and_(-(1 << bits)).bitwise_or_(name)
     _sort_planes(packed)
-    residual = packed.to(y.dtype).mul_(2.0**-30)
+    residual = packed.to(elevated.dtype).mul_(2.0**-30)
     gaps = torch.cat([residual, residual[:1] - 1])
-    return whole, (size - 1) - (packed & ((1 << bits) - 1)), (gaps[:-1] - gaps[1:]).T.contiguous()
+    return whole, (size - 1) - packed.bitwise_and_((1 << bits) - 1), (gaps[:-1] - gaps[1:]).T
 
 # %% ../nbs/22_lattice.ipynb #8371d72c
 _MIX = -7046029254386353131  # 2^64 divided by the golden ratio, odd: multiplying by it spreads keys over the table (Knuth, TAOCP 3, 6.4)
@@ -74,7 +73,7 @@ def representatives(keys: Tensor) -> Tensor:
     while True:
         ids = torch.arange(len(keys), dtype=torch.int32, device=keys.device)
         bits = len(keys).bit_length() + 1
-        slot = (keys*mix >> 64 - bits) & ((1 << bits) - 1)
+        slot = keys.mul(mix).bitwise_right_shift_(64 - bits).bitwise_and_((1 << bits) - 1)
         table = torch.full((1 << bits,), len(keys), dtype=torch.int32, device=keys.device)
         # every key writes its name into its slot; on the CPU the last stays, on a GPU the smallest, so that the answer is always the same
         if keys.device.type == "cpu": table.scatter_(0, slot, ids)
@@ -122,8 +121,9 @@ class Lattice:
         self.weights = features.new_empty(n, d + 1)
         key = torch.empty(n, dtype=torch.float64, device=device)
         mix = torch.rand(2*d + 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+        plane = (elevation(d)/(d + 1)).to(features)
         for part in (slice(s, s + self.chunk) for s in range(0, n, self.chunk)):
-            whole[:, part], order[:, part], self.weights[part] = enclosing_simplex(features[part])
+            whole[:, part], order[:, part], self.weights[part] = enclosing_simplex(plane @ features[part].T)
             key[part] = mix @ torch.cat([whole[:, part], order[:, part]]).double()
         return whole, order, key.view(torch.int64)
 
@@ -131,7 +131,7 @@ class Lattice:
         simplex, first = group(key) # pixels side by side share simplices: look at each simplex once
         code, size, turn = self._code, len(whole), self._code.sum()
         corner = (whole.index_select(1, first).long()*(size*code - turn)[:, None]).sum(0)
-        ahead = code[order.index_select(1, first)].cumsum(0)*size - torch.arange(1, size + 1, device=code.device)[:, None]*turn
+        ahead = code.index_select(0, order.index_select(1, first).flatten()).view(size, -1).cumsum(0)*size - torch.arange(1, size + 1, device=code.device)[:, None]*turn
         keys = (corner + ahead).T.flatten()
         vertices, first = group(keys)
         self._keys = keys[first]
