@@ -146,8 +146,9 @@ def _dense_entries(name: str, log_probs: Tensor, image: Tensor, device) -> list[
 def _conv_entries(log_probs: Tensor, image: Tensor, device) -> list[Entry]:
     u, x, size, group = log_probs.to(device), image[None].to(device), image.shape[1:], "ConvCRF, window 11, 5 iterations, street"
     found = []
-    for name, blur in (("synseg, full resolution", 1), ("synseg, blur 4", 4)):
-        crf = ConvCRF(log_probs.shape[1], kernel_size=11, iterations=5, blur=blur).to(device)
+    for name, make, blur in (("synseg, full resolution", ConvCRF, 1), ("synseg, blur 4", ConvCRF, 4),
+                             ("synseg, as published: blur 4", ConvCRF.published, 4)):
+        crf = make(log_probs.shape[1], kernel_size=11, iterations=5, blur=blur).to(device)
         found.append(Entry(group, name, torch.no_grad()(lambda i, crf=crf: crf(u, x))))
     if missing({"pydensecrf": ""}): return found
     return found + [Entry(group, "pydensecrf2 (dense, 5 iterations)", lambda i: _marginals(_pydensecrf(log_probs, image), 5, size), peer=True)]

@@ -21,6 +21,10 @@ PY
 "$bin/synseg" predict runs/first photo.jpg --out out
 ls out
 test "$(ls out | wc -l)" -ge 3
+"$bin/synseg" predict scenes photo.jpg --out refined --crf dense
+"$bin/synseg" predict scenes photo.jpg --out refined --crf conv
+"$bin/synseg" benchmark
+"$bin/synseg" benchmark kmeans crf --size 48x64 --rounds 1 --json | "$bin/python" -c "import json,sys; print('benchmarks', sorted(json.load(sys.stdin)))"
 "$bin/synseg" evaluate runs/first --data scenes --images 16 --json | "$bin/python" -c "import json,sys; print('mean IoU', json.load(sys.stdin)['mean_iou'])"
 "$bin/synseg" notebooks course
 test -f course/00_core.ipynb -o -f course/nbs/00_core.ipynb
