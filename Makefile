@@ -28,7 +28,7 @@ $(VENV)/.dev: $(VENV)/.made settings.ini setup.py
 	@echo "Installing (a minute or two: PyTorch is large) ..."
 	$(BIN)/python -m pip install --quiet --progress-bar off -e ".[dev]"
 	@$(BIN)/python -m pip install --quiet --progress-bar off "pydensecrf2>=1.1" >/dev/null 2>&1 || \
-	  echo "pydensecrf2 could not be built (it needs a C++ compiler): the tests that compare the dense CRF with it are skipped."
+	  echo "pydensecrf2 could not be installed (it needs a C++ compiler, and fails on Python 3.13): the tests that compare with it are skipped."
 	@touch $@
 
 course: $(VENV)/.course

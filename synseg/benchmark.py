@@ -32,7 +32,7 @@ class Case:
         return missing(self.peers)
 
 # %% ../nbs/99_benchmark.ipynb #d7e11a7a
-_COURSE, _CRF = 'pip install "synseg[course]"', 'pip install "synseg[crf]" (needs a C++ compiler)'
+_COURSE, _CRF = 'pip install "synseg[course]"', 'pip install "synseg[crf]" (needs a C++ compiler, fails on Python 3.13)'
 CASES: dict[str, Case] = {case.name: case for case in [
     Case("metrics", "a confusion matrix of 8 images, from labels and from logits, beside torchmetrics", metrics_entries,
          {"torchmetrics": _COURSE}, metrics_agree),
