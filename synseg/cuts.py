@@ -65,7 +65,7 @@ def potts_cut(
     difference, edges, weights = np.asarray(difference, np.float64), np.asarray(edges), np.asarray(weights, np.float64)
     if np.isnan(difference).any(): raise ValueError("NaN found among the costs; expected numbers or +-infinity: is one node forbidden both labels?")
     if len(weights) and not (weights >= 0).all():
-        raise ValueError(f"edge weight {np.nanmin(weights)} or NaN found; a minimum cut needs weights of 0 or more (submodular)")
+        raise ValueError(f"edge weight {weights[~(weights >= 0)][0]} found; a minimum cut needs weights of 0 or more (submodular)")
     labels = np.full(len(difference), -1)
     difference, edges, weights = _settle(difference, edges, weights, labels)
     open_ = np.flatnonzero(labels < 0)
@@ -144,8 +144,8 @@ def expand(
     distance: np.ndarray | None = None, # (K, K) metric; Potts by default
     cycles: int = 20, # at most so many rounds through all labels
 ) -> tuple[np.ndarray, list[float]]: # labels (N,) and the energy before the first and after each move
-    """Expansion moves, label after label, until a whole cycle changes nothing. The energy never rises; at the end no
-    expansion lowers it, and for Potts its smooth part is within a factor of two (Boykov, Veksler & Zabih 2001, theorem 6.1)."""
+    """Expansion moves, label after label, until a whole cycle changes nothing. The energy never rises, and at the end no
+    expansion lowers it. With Potts it is then at most min_x (unary part + 2 pairwise part): Boykov, Veksler & Zabih 2001, 6.1."""
     costs, labels = np.asarray(costs, np.float64), np.asarray(start).copy()
     history, idle = [pairwise_energy(costs, labels, edges, weights, distance)], 0
     for move in range(cycles * len(costs)):
