@@ -55,8 +55,8 @@ class ExactFilter:
     def __call__(self, q: Tensor) -> Tensor: return self.matrix @ q.double()
 
 # %% ../nbs/23_dense_crf.ipynb #21ee49d0
-class _Pairwise(nn.Module):
-    "The settings of a dense CRF"
+class _Settings(nn.Module):
+    "What a dense CRF is told"
     def __init__(
         self,
         num_classes: int, # K
@@ -86,6 +86,14 @@ class _Pairwise(nn.Module):
         self.trainable, self.exact, self.self_term = trainable, exact, self_term
         self._plain = compatibility is None and not (trainable or exact) and min(gaussian_weight, bilateral_weight) >= 0
 
+    def extra_repr(self) -> str:
+        mean = [torch.as_tensor(w).mean().item() for w in (self.gaussian_weight, self.bilateral_weight)]
+        return (f"{self.num_classes} classes, gaussian xy {self.gaussian_xy} weight {mean[0]:g}, bilateral xy {self.bilateral_xy} rgb"
+                f" {self.bilateral_rgb} weight {mean[1]:g}, {self.iterations} iterations, normalization {self.normalization}")
+
+# %% ../nbs/23_dense_crf.ipynb #58c405f6
+class _Pairwise(_Settings):
+    "What the settings make of an image"
     def pairwise(self, image: Tensor) -> list[tuple]:
         "For each image, (N, 3, H, W) or (3, H, W) in [0, 1], its filters: give them to later calls as `pairwise=`"
         images = image if image.ndim == 4 else image[None]
@@ -112,7 +120,7 @@ class _Pairwise(nn.Module):
         return features if self.exact else Lattice(features)
 
     def _bilateral(self, image: Tensor):
-        features = bilateral_features(image, self.bilateral_xy, self.bilateral_rgb)
+        features = bilateral_features(image, self.bilateral_xy, self.bilateral_rgb).to(image.dtype)
         return features if self.exact else Lattice(features)
 
     def _cost(self, q: Tensor, filters: tuple) -> Tensor:
@@ -121,11 +129,6 @@ class _Pairwise(nn.Module):
         if self.trainable: votes = sum(w*f(q) for w, f in zip((self.gaussian_weight, self.bilateral_weight), filters))
         else: votes = filters[0](q)
         return votes @ self.compatibility.T.to(votes.dtype)
-
-    def extra_repr(self) -> str:
-        mean = [torch.as_tensor(w).mean().item() for w in (self.gaussian_weight, self.bilateral_weight)]
-        return (f"{self.num_classes} classes, gaussian xy {self.gaussian_xy} weight {mean[0]:g}, bilateral xy {self.bilateral_xy} rgb"
-                f" {self.bilateral_rgb} weight {mean[1]:g}, {self.iterations} iterations, normalization {self.normalization}")
 
 # %% ../nbs/23_dense_crf.ipynb #f7a6d453
 def _costs(num_classes: int, compatibility) -> Tensor:
