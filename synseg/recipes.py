@@ -15,11 +15,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .core import record_result
+from .conv_crf import ConvCRF, noisy_log_probs, window_study
+from .core import default_device, record_result
+from .crf_fit import voc_samples_crf
 from .datasets import load_dataset
+from .dense_crf import DenseCRF
 from .labels import label_space
 from .metrics import ConfusionMatrix
 from .runs import LOSSES, VALID_SEED, Run, read_run, scenes, train
+from .scenes import Scenes
 from .scoring import evaluate
 from .train import Learner
 from .zoo import load_model
@@ -113,7 +117,27 @@ def _metric_reference(learners, profile, root) -> dict:
     read = lambda i: torch.as_tensor(space.from_disk(Image.open(files[Path(camvid.names[i]).stem]))).long()
     return published_scores(camvid, read)
 
+# %% ../nbs/90_recipes.ipynb #eeb5a67c
+_WINDOW_TASKS = dict(smoke=(2, (64, 96), 4, (3, 7)),  # scenes, their size, pixels of a spoiled cell, windows
+                     cpu=(60, (96, 128), 4, (3, 5, 7, 9, 11, 13)), gpu=(200, (240, 320), 8, (3, 5, 7, 9, 11, 13, 17, 21)))
+
+def _windows(learners, profile, root) -> dict:
+    "ConvCRFs by window, and dense CRFs, customary and chosen, on spoiled labels; none is chosen on scenes that score it"
+    n, size, cell, windows = _WINDOW_TASKS[profile]
+    classes, device, colours = label_space("scenes").num_classes, default_device(), (8, 13, 20)
+
+    def task(seed):
+        images, labels = (torch.stack(part).to(device) for part in zip(*Scenes(n, size=size, domain="camera", seed=seed)))
+        return noisy_log_probs(labels, classes, cell=cell, seed=seed), images, labels
+
+    dense = lambda **options: DenseCRF(classes, iterations=5, **options).to(device)
+    families = {"dense, customary": [dense()],
+                "dense, chosen": [dense(bilateral_xy=xy, bilateral_rgb=rgb) for xy in (4, 8, 16, 40) for rgb in colours]}
+    families |= {f"window {k}": [ConvCRF(classes, k, bilateral_rgb=rgb).to(device) for rgb in colours] for k in windows}
+    return window_study(families, tune=task(60), test=task(61)) | dict(images=n, cell=cell)
+
 # %% ../nbs/90_recipes.ipynb #6f77e433
+_UNTRAINED = {"smoke": {}, "cpu": {}, "gpu": {}}
 _SMOKE = Run(images=64, size=(64, 96), epochs=2)
 _CAMVID = Run(data="camvid")
 _ISBI = Run(data="isbi2012", in_channels=1, batch_size=4, lr=2e-3, split="train", valid="val", size=(256, 256), epochs=100,
@@ -142,7 +166,10 @@ _ALL = [
            _profiles(replace(_SMOKE, in_channels=1), _ISBI,
                      replace(_ISBI, model="unet", options={"norm": True}, lr=3e-4, size=(512, 512), epochs=1000)), _one, "isbi2012"),
     Recipe("camvid_metric_reference", "No training: scores a published network's predictions; they must come out as published.",
-           {"smoke": {}, "cpu": {}, "gpu": {}}, _metric_reference, "camvid and camvid_espnet_ref, side by side"),
+           _UNTRAINED, _metric_reference, "camvid and camvid_espnet_ref, side by side"),
+    Recipe("voc_samples_crf", "No training: dense CRFs on a DeepLabv3's answers to ten VOC photographs, one left out in turn.",
+           _UNTRAINED, voc_samples_crf, "voc_samples"),
+    Recipe("conv_crf_synthetic", "No training: ConvCRFs by window, and dense CRFs, on spoiled labels of scenes.", _UNTRAINED, _windows),
     Recipe("unet_losses", "One network, four losses, everything else equal.",
            {profile: {loss: replace(run, loss=loss) for loss in LOSSES} for profile, run in
             dict(smoke=replace(_SMOKE, epochs=1), cpu=Run(epochs=8), gpu=Run(images=20_000, size=(240, 320), epochs=20)).items()},

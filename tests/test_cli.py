@@ -336,6 +336,25 @@ def test_recipe_commands(tmp_path):
     assert code == 0 and 0 < json.loads(out)["mean_iou"] < 1
 
 
+def strict(text):
+    "JSON without NaN, which other languages cannot read"
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+@pytest.mark.parametrize("name", ["voc_samples_crf", "conv_crf_synthetic"])
+def test_recipes_of_random_fields(name, tmp_path):
+    code, out, _ = synseg("recipe", "run", name, "--out", tmp_path)
+    found = strict(out)
+    row = found["network" if name == "voc_samples_crf" else "unary"]
+    assert code == 0 and 0 < row["mean_iou"] < row["pixel_accuracy"] < 1
+    assert "nothing to train" in synseg("recipe", "show", name)[1]
+
+
+def test_recipe_of_the_photographs_without_them(tmp_path):
+    assert "--data-root" in refused("recipe", "run", "voc_samples_crf", "--profile", "cpu", "--out", tmp_path)
+    assert "deeplab_logits" in refused("recipe", "run", "voc_samples_crf", "--profile", "cpu", "--data-root", tmp_path, "--out", tmp_path)
+
+
 @pytest.mark.parametrize("form", ["ipynb", "py", "md"])
 def test_notebooks(tmp_path, form):
     code, out, _ = synseg("notebooks", tmp_path / "course", "--format", form)
