@@ -146,9 +146,9 @@ class PairwiseFilter:
             else: torch.add(heard, bias[part], out=out[part])
         return out
 
-    def message(self, q: Tensor, out: Tensor | None = None, bias: Tensor | None = None, add: bool = False) -> Tensor:
+    def message(self, q: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         "What every pixel hears from all, itself included: (N, C) -> (N, C), plus `bias` (N, C), into `out` where given; no gradient"
-        return self._run(self._forward, 1, q, out, out if add else bias)
+        return self._run(self._forward, 1, q, out, bias)
 
     def adjoint(self, q: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         "The transposed filter, same arguments: splat and slice change places and the blurs run backwards"
