@@ -131,7 +131,8 @@ def _best(points: Tensor, centres: Tensor, keep: int) -> Tensor: # (keep or fewe
 
 def _tournament(points: Tensor, k: int, restarts: int, tolerance: float, generator: torch.Generator) -> Tensor: # (1, k, d)
     "Many quick starts on few points, the better ones on more, the best that differ on all"
-    few, more = (_sample(points, max(min(most, points.shape[1] // 4), each * k), generator) for most, each in ((2048, 32), (16384, 128)))
+    few, more = (_sample(points, max(min(most, points.shape[1] // share), each * k), generator)
+                 for most, share, each in ((2048, 4, 32), (16384, 2, 128)))
     starts = max(1 + restarts, (30 + 2 * restarts) * 8 // max(8, k))
     try: centres = plus_plus(few[:-1].T, k, starts, generator)
     except ValueError: centres = plus_plus(points[:-1].T, k, 1, generator) # a rare colour escaped the sample, or k is too large
@@ -188,9 +189,8 @@ def kmeans(
     tolerance: float = 1e-5, # stop when the centres move (squared, summed) by no more than this share of the mean variance
     seed: int = 0,
 ) -> Clusters:
-    """K-means: least sum of squared distances to k centres (Lloyd 1957). The inertia never rises from one iteration to the
-    next. An empty cluster takes the worst-fitted point. Memory beyond the points: O(N + k d). ValueError for bad input, and
-    where fewer than k points differ"""
+    """K-means (Lloyd 1982): least sum of squared distances to k centres. The inertia never rises; an empty cluster takes the
+    worst-fitted point. Memory beyond the points: O(N). ValueError for bad input and where fewer than k points differ"""
     _checked(points, operator.index(k), operator.index(restarts), start)
     generator = torch.Generator().manual_seed(seed)
     middle = points.mean(0, dtype=torch.float64).float() # distances to centred points lose less in float32
@@ -200,15 +200,14 @@ def kmeans(
     if start is not None: starts = [(start.to(middle) - middle)[None]]
     elif coarse: starts = [_tournament(x, k, restarts, 10 * tolerance, generator)]
     else: starts = [plus_plus(x[:-1].T, k, 1, generator) for _ in range(restarts)]
-    best, history = None, []
+    found = []
     for centres in starts:
-        history.clear()
+        history = []
         centres = _lloyd(x, centres.cpu().double(), iterations, tolerance, history)[0]
         labels, distance = _nearest(x, centres)
-        inertia = distance.sum(dtype=torch.float64).item()
-        if best is None or inertia < best.inertia:
-            best = Clusters(labels, centres.to(middle) + middle, inertia, [max(0.0, spread + h) for h in history] + [inertia])
-    return best
+        history = [max(0.0, spread + h) for h in history] + [distance.sum(dtype=torch.float64).item()]
+        found.append(Clusters(labels, centres.to(middle) + middle, history[-1], history))
+    return min(found, key=lambda one: one.inertia)
 
 # %% ../nbs/20_kmeans.ipynb #94af146e
 class KMeansSegmenter:
