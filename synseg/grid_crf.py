@@ -31,8 +31,7 @@ def log_probs_from_labels(
     check_labels(labels, num_classes)
     own, other, unknown = math.log(confidence), math.log((1 - confidence) / (num_classes - 1)), -math.log(num_classes)
     labels = labels.long()[:, None]
-    classes = torch.arange(num_classes, device=labels.device)[:, None, None]
-    known = torch.where(labels == classes, own, other)
+    known = torch.where(labels == torch.arange(num_classes, device=labels.device)[:, None, None], own, other)
     return torch.where(labels == VOID, unknown, known).float()
 
 # %% ../nbs/21_grid_crf.ipynb #972ebcc5
@@ -55,9 +54,7 @@ def _colour_distance(image: Tensor, step: tuple[int, int]) -> Tensor: # (N, H - 
     a, b = _pairs(image, step)
     return (a - b).square().sum(1)
 
-def contrast_beta(
-    image: Tensor, # (N, 3, H, W)
-) -> Tensor: # (N,), for the image's own units
+def contrast_beta(image: Tensor) -> Tensor: # (N, 3, H, W) -> (N,), for the image's own units
     """1 / (2 <|I_i - I_j|^2>), the mean over all pairs of direct neighbours (8 of them), as in GrabCut (Rother et al. 2004).
     0 where the mean is 0, for an image of one colour: its pairs do not differ, so any value serves."""
     distances = [_colour_distance(image, step).flatten(1) for step in neighbourhood(2**0.5, *image.shape[-2:])]
@@ -176,15 +173,14 @@ class _Descents(_Energies):
 
     def _turns(self, log_probs: Tensor) -> list[tuple[int, int, int]]:
         "(y, x, stride) of the sub-grids whose pixels share no edge"
-        height, width = log_probs.shape[-2:]
-        stride = max(2, int(min(self.radius, max(height, width) - 1)) + 1)
-        return [(y, x, stride) for y in range(min(stride, height)) for x in range(min(stride, width))]
+        rows, columns = log_probs.shape[-2:]
+        stride = max(2, int(min(self.radius, max(rows, columns) - 1)) + 1)
+        return [(y, x, stride) for y in range(min(stride, rows)) for x in range(min(stride, columns))]
 
     def _start(self, start: Tensor | None, log_probs: Tensor) -> Tensor:
         "A copy of the labels to begin with"
         if start is None: return log_probs.max(1).indices
-        if start.shape != log_probs[:, 0].shape:
-            raise ValueError(f"start of shape {tuple(start.shape)} found; expected {tuple(log_probs[:, 0].shape)}, (N, H, W)")
+        if start.shape != log_probs[:, 0].shape: raise ValueError(f"start of shape {tuple(start.shape)} found; expected {tuple(log_probs[:, 0].shape)}, (N, H, W)")
         self._check_full(start)
         return start.long().clone()
 
@@ -204,10 +200,8 @@ class _MeanField(_Descents):
         for _ in range(self.iterations if iterations is None else iterations):
             for y, x, stride in [(0, 0, 1)] if parallel else self._turns(log_probs):
                 new = (log_probs[..., y::stride, x::stride] + _message(q, edges, (y, x), stride)).softmax(1)
-                if parallel: q = new
-                else:
-                    if q.requires_grad: q = q.clone() # autograd still needs the old one
-                    q[..., y::stride, x::stride] = new
+                if q.requires_grad: q = q.clone() # autograd still needs the old one
+                q[..., y::stride, x::stride] = new
         return q
 
     forward = mean_field
@@ -232,7 +226,7 @@ class GridCRF(_MeanField):
         "The labeling of least energy of two classes, exactly (`cuts.potts_cut`). ValueError for more: see `expansion`"
         if self.num_classes != 2: raise ValueError(f"{self.num_classes} classes found; a minimum cut decides between 2: use expansion(...)")
         self._check(log_probs, image)
-        solve = lambda costs, _, ends, weights: potts_cut(costs[1] - costs[0], ends, weights)
+        solve = lambda costs, _, *graph: potts_cut(costs[1] - costs[0], *graph)
         return self._on_graph(solve, log_probs, image, log_probs.max(1).indices)
 
     def expansion(
