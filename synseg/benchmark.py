@@ -60,6 +60,12 @@ class Outcome:
         return self.table.metrics() | dict(agreement=self.agreement, memory=self.memory, not_installed=self.case.absent(), machine=machine_info())
 
 # %% ../nbs/99_benchmark.ipynb #89c7e785
+def _working(device: str | torch.device) -> torch.device:
+    "ValueError for a device that is not there"
+    try: return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} does not work here: {str(error).splitlines()[0]}; take cpu, or see synseg doctor") from None
+
 def run(name: str, size: tuple[int, int] = SIZE, rounds: int = 5, device: str | torch.device = "cpu",
         record: str | Path | None = None,  # folder for benchmark_NAME.json
         *, memory_too: bool = True,  # measure memory as well, where the case asks for it
@@ -86,12 +92,7 @@ def run(name: str, size: tuple[int, int] = SIZE, rounds: int = 5, device: str | 
         record_result(f"benchmark_{name}{suffix}", config, outcome.metrics(), 0, record)
     return outcome
 
-def _working(device: str | torch.device) -> torch.device:
-    "ValueError for a device that is not there"
-    try: return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} does not work here: {str(error).splitlines()[0]}; take cpu, or see synseg doctor") from None
-
+# %% ../nbs/99_benchmark.ipynb #0e3f2f3b
 def report(outcome: Outcome) -> str:
     "An outcome as text: the machine, the table, agreement, memory, and who was not there"
     m, (height, width) = machine_info(), outcome.size
