@@ -8,6 +8,7 @@ __all__ = ['SIZE', 'CLASSES', 'KMEANS_K', 'SMALL', 'pictures', 'unaries', 'metri
 
 # %% ../nbs/81_rivals.ipynb #aeaef000
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch, torch.nn.functional as F
@@ -26,6 +27,7 @@ from .stopwatch import Entry, missing
 # %% ../nbs/81_rivals.ipynb #4b505c79
 SIZE, CLASSES = (360, 480), 12
 
+@lru_cache(maxsize=4)
 def pictures(size: tuple[int, int] = SIZE) -> dict[str, Tensor]:  # name -> (3, H, W) float32 in [0, 1], multiples of 1/255
     "Two photographs and a drawn street, cut and scaled to `size` (height, width)"
     found = {}
