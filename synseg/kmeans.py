@@ -83,20 +83,20 @@ def plus_plus(
     """Greedy k-means++ (Arthur & Vassilvitskii 2007; greedy as in scikit-learn): each centre is drawn with a
     chance proportional to its squared distance to the nearest one so far. ValueError where fewer than k points differ"""
     trials = trials or 2 + int(math.log(k))
-    columns, row = points.T, torch.arange(starts)
+    columns, row = points.T, torch.arange(starts, device=points.device)
     chosen = points[torch.randint(len(points), (starts,), generator=generator).to(points.device)].unsqueeze(1)
     distance = sum((columns[j] - chosen[:, :, j]).square() for j in range(points.shape[1])) # (starts, N)
     for found in range(1, k):
-        reached = distance.cumsum(1, dtype=torch.float64)
+        reached = distance.cpu().double().cumsum(1)
         if not (reached[:, -1] > 0).all():
             raise ValueError(f"k={k} found for points with only {found} distinct values; choose k <= {found}, "
                              "or a spatial_weight > 0, which tells equal colours apart")
-        draw = torch.rand(starts, trials, generator=generator, dtype=torch.float64).to(reached) * reached[:, -1:]
-        index = torch.searchsorted(reached, draw, right=True).clamp_(max=len(points) - 1)
+        draw = torch.rand(starts, trials, generator=generator, dtype=torch.float64) * reached[:, -1:]
+        index = torch.searchsorted(reached, draw, right=True).clamp_(max=len(points) - 1).to(points.device)
         after = points.new_zeros(starts, trials, len(points))
         for j, column in enumerate(columns): after.add_((column - points[index][..., j, None]).square_())
         after = torch.minimum(after, distance.unsqueeze(1), out=after)
-        best = after.sum(2).min(1).indices.to(row.device)
+        best = after.sum(2).min(1).indices
         distance = after[row, best]
         chosen = torch.cat([chosen, points[index[row, best]].unsqueeze(1)], 1)
     return chosen
@@ -189,13 +189,14 @@ def kmeans(
     tolerance: float = 1e-5, # stop when the centres move (squared, summed) by no more than this share of the mean variance
     seed: int = 0,
 ) -> Clusters:
-    """K-means (Lloyd 1982): least sum of squared distances to k centres. The inertia never rises; an empty cluster takes the
-    worst-fitted point. Memory beyond the points: O(N). ValueError for bad input and where fewer than k points differ"""
+    """K-means (Lloyd 1982): least sum of squared distances to k centres. The inertia never rises (but for rounding, 1e-6 of
+    the total variance); an empty cluster takes the worst-fitted point. Memory beyond the points: O(N). ValueError for bad
+    input and where fewer than k points differ"""
     _checked(points, operator.index(k), operator.index(restarts), start)
     generator = torch.Generator().manual_seed(seed)
-    middle = points.mean(0, dtype=torch.float64).float() # distances to centred points lose less in float32
+    middle = points.float().mean(0) # distances to centred points lose less in float32
     x = torch.cat([points.T.float() - middle[:, None], points.new_ones(1, len(points), dtype=torch.float32)])
-    spread = sum(row.square().sum(dtype=torch.float64).item() for row in x[:-1])
+    spread = sum(row.cpu().double().square().sum().item() for row in x[:-1])
     tolerance = tolerance * spread / x[:-1].numel()
     if start is not None: starts = [(start.to(middle) - middle)[None]]
     elif coarse: starts = [_tournament(x, k, restarts, 10 * tolerance, generator)]
@@ -205,7 +206,7 @@ def kmeans(
         history = []
         centres = _lloyd(x, centres.cpu().double(), iterations, tolerance, history)[0]
         labels, distance = _nearest(x, centres)
-        history = [max(0.0, spread + h) for h in history] + [distance.sum(dtype=torch.float64).item()]
+        history = [max(0.0, spread + h) for h in history] + [distance.cpu().double().sum().item()]
         found.append(Clusters(labels, centres.to(middle) + middle, history[-1], history))
     return min(found, key=lambda one: one.inertia)
 
