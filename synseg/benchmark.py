@@ -73,7 +73,7 @@ def run(name: str, size: tuple[int, int] = SIZE, rounds: int = 5, device: str | 
         **timing,  # goes on to `compare`: least, limit, repeats
        ) -> Outcome:
     "Make a comparison: answers first, then times, then memory. ValueError for a name or a size that cannot be"
-    chosen = case(name)
+    chosen, size = case(name), tuple(size)
     if min(size) < 16: raise ValueError(f"size is {size[0]}x{size[1]}; a picture has at least 16 rows and columns")
     if rounds < 1: raise ValueError(f"{rounds} rounds found; expected at least one")
     device = _working(device)
@@ -85,9 +85,9 @@ def run(name: str, size: tuple[int, int] = SIZE, rounds: int = 5, device: str | 
     for text, call in chosen.memory(size).items() if memory_too else ():
         say(f"memory in a fresh process: {text}")
         memory[text] = peak_memory(*call)
-    outcome = Outcome(chosen, tuple(size), table, agreement, memory, str(device))
+    outcome = Outcome(chosen, size, table, agreement, memory, str(device))
     if record:
-        suffix = "" if tuple(size) == SIZE and str(device) == "cpu" else f"_{size[0]}x{size[1]}_{device.type}"
+        suffix = "" if size == SIZE and str(device) == "cpu" else f"_{size[0]}x{size[1]}_{device.type}"
         config = dict(size=list(size), classes=CLASSES, rounds=rounds, device=str(device))
         record_result(f"benchmark_{name}{suffix}", config, outcome.metrics(), 0, record)
     return outcome
