@@ -51,15 +51,13 @@ def _pairs(maps: Tensor, step: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/21_grid_crf.ipynb #7ed1c1c1
 def _colour_distance(image: Tensor, step: tuple[int, int]) -> Tensor: # (N, H - dy, W - |dx|)
-    a, b = _pairs(image, step)
-    return (a - b).square().sum(1)
+    return torch.sub(*_pairs(image, step)).square().sum(1)
 
 def contrast_beta(image: Tensor) -> Tensor: # (N, 3, H, W) -> (N,), for the image's own units
     """1 / (2 <|I_i - I_j|^2>), the mean over all pairs of direct neighbours (8 of them), as in GrabCut (Rother et al. 2004).
     0 where the mean is 0, for an image of one colour: its pairs do not differ, so any value serves."""
     distances = [_colour_distance(image, step).flatten(1) for step in neighbourhood(2**0.5, *image.shape[-2:])]
-    if not distances: return image.new_zeros(len(image))
-    mean = torch.cat(distances, 1).mean(1)
+    mean = torch.cat(distances or [image.new_zeros(len(image), 1)], 1).mean(1)
     return torch.where(mean > 0, 0.5 / mean.clamp_min(torch.finfo(mean.dtype).tiny), 0)
 
 # %% ../nbs/21_grid_crf.ipynb #2945ff29
@@ -221,7 +219,8 @@ class GridCRF(_MeanField):
     E(x) = sum_i -log_probs_i(x_i) + sum_(i,j) w_ij [x_i != x_j], each pair once, with
     w_ij = (smoothness + contrast exp(-beta |I_i - I_j|^2)) / distance(i, j).
     All methods take `log_probs` (N, K, H, W), any real numbers, and `image` (N, 3, H, W) in [0, 1], and follow their device;
-    `min_cut` and `expansion` compute on the CPU. Calling it gives the mean-field marginals, differentiable in `log_probs`."""
+    `min_cut` and `expansion` compute on the CPU. Calling it gives the mean-field marginals, differentiable in `log_probs`.
+    ValueError for other shapes or types, and for weights below 0."""
     def min_cut(self, log_probs: Tensor, image: Tensor) -> Tensor: # (N, H, W) int64
         "The labeling of least energy of two classes, exactly (`cuts.potts_cut`). ValueError for more: see `expansion`"
         if self.num_classes != 2: raise ValueError(f"{self.num_classes} classes found; a minimum cut decides between 2: use expansion(...)")
@@ -243,9 +242,8 @@ class GridCRF(_MeanField):
 
     def _on_graph(self, solve, log_probs: Tensor, image: Tensor, start: Tensor) -> Tensor:
         "Each image as arrays: solve(costs (K, HW), labels (HW,), edges (2, E), weights (E,)) -> labels (HW,)"
-        height, width = image.shape[-2:]
         flat = lambda maps: maps.detach().cpu().flatten(-2).double().numpy()
-        index, edges = torch.arange(height * width).view(height, width), self.edges(image.detach())
+        index, edges = torch.arange(image[0, 0].numel()).view(image.shape[-2:]), self.edges(image.detach())
         ends = np.concatenate([np.zeros((2, 0), np.int64), *(torch.stack(_pairs(index, step)).flatten(1).numpy() for step, _ in edges)], 1)
         weights = np.concatenate([np.zeros((len(image), 0)), *(flat(w) for _, w in edges)], 1)
         graphs = zip(-flat(log_probs), flat(start).astype(np.int64), [ends] * len(image), weights)
