@@ -75,7 +75,7 @@ def potts_cut(
 
 def _integer_cut(difference, edges, weights):
     "The cut of the nodes that are left, whose differences are all smaller than the sum of their weights"
-    largest = max(np.abs(difference).max(), weights.max(initial=0))
+    largest = max(np.abs(difference).max(), _incident(edges, weights, len(difference)).max())  # parallel edges add up
     scale = 2.0 ** np.floor(np.log2(LARGEST / largest)) if largest else 1.0
     whole, capacities = np.rint(difference * scale).astype(np.int64), np.rint(weights * scale).astype(np.int64)
     return source_side(np.maximum(-whole, 0), np.maximum(whole, 0), edges, capacities)

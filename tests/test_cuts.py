@@ -75,6 +75,13 @@ def test_infinite_costs_are_obeyed():
     assert potts_cut(np.array([np.inf, -0.5, 0, 0]), chain, weights).tolist() == [0, 0, 0, 0]
 
 
+def test_parallel_edges_and_loops_add_up():
+    difference, pair = np.array([-1.5, 1.2, 0.1]), np.array([[0, 1, 0, 1, 2], [1, 0, 1, 2, 2]])
+    weights = np.array([0.9, 0.8, 0.7, 0.3, 5.0])
+    least = min(potts_energy(x, difference, pair, weights) for x in all_labelings(3))
+    assert potts_energy(potts_cut(difference, pair, weights), difference, pair, weights) == pytest.approx(least)
+
+
 def test_zero_weights_leave_every_node_to_itself():
     difference = RNG(0).normal(size=50)
     ends = np.stack([np.arange(49), np.arange(1, 50)])
