@@ -92,7 +92,7 @@ def representatives(keys: Tensor) -> Tensor:
         keys, todo, mix = keys[lost], lost if todo is None else todo[lost], mix ^ (len(lost) << 20)
 
 def group(keys: Tensor) -> tuple[Tensor, Tensor]:
-    "Number equal keys alike, 0, 1, ... in order of position: numbers (N,) int32, and the position of one key of each number"
+    "Number equal keys alike, 0, 1, ... by the position of their representative: numbers (N,) int32, and those positions"
     same = representatives(keys)
     first = (same == torch.arange(len(keys), dtype=torch.int32, device=keys.device)).nonzero()[:, 0]
     number = torch.empty_like(same)
