@@ -131,13 +131,14 @@ class ConvCRF(_Settings):
         "What the last update leaves, before its softmax"
         _check(log_probs, image, self.num_classes)
         exact = torch.promote_types(log_probs.dtype, torch.float32)  # half precision is too coarse for exponents
-        z = unary = log_probs.to(exact).log_softmax(1)
-        pairwise = self.pairwise(image.to(exact)) if pairwise is None else pairwise
-        for step in range(self.iterations):
-            q = z if self.log_first and step == 0 else z.softmax(1).clamp(min=math.exp(FAINT))
-            del z  # beside the kernel, maps of K planes are the largest things here
-            z = self._update(unary, pairwise.message(q, self.weights.to(exact)))
-        return z
+        with torch.autocast(log_probs.device.type, enabled=False):
+            z = unary = log_probs.to(exact).log_softmax(1)
+            pairwise = self.pairwise(image.to(exact)) if pairwise is None else pairwise
+            for step in range(self.iterations):
+                q = z if self.log_first and step == 0 else z.softmax(1).clamp(min=math.exp(FAINT))
+                del z  # beside the kernel, maps of K planes are the largest things here
+                z = self._update(unary, pairwise.message(q, self.weights.to(exact)))
+            return z
 
     def forward(self, log_probs: Tensor, image: Tensor, pairwise: Pairwise | None = None) -> Tensor:
         "Marginals (N, K, H, W) after `iterations` updates. ValueError where shapes or types do not fit"

@@ -157,7 +157,8 @@ def gaussian_blur(
         reach = min(radius, q.shape[axis] - 1)
         steps = torch.arange(-reach, reach + 1, device=q.device, dtype=q.dtype)
         taps = torch.exp(-0.5 * (steps * inverse_sigma) ** 2).view(shape).expand(q.shape[1], -1, -1, -1)
-        q = F.conv2d(q, taps, padding=[(s - 1) // 2 for s in taps.shape[2:]], groups=q.shape[1])
+        with torch.autocast(q.device.type, enabled=False):  # sums of many small weights need their digits
+            q = F.conv2d(q, taps, padding=[(s - 1) // 2 for s in taps.shape[2:]], groups=q.shape[1])
     return q
 
 # %% ../nbs/25_window.ipynb #3b139784

@@ -162,6 +162,15 @@ def test_types():
     torch.testing.assert_close(ConvCRF(4).log_marginals(log_probs, image).exp(), want, rtol=1e-4, atol=1e-6)
 
 
+def test_mixed_precision_leaves_it_alone():
+    log_probs, image = street()
+    crf = ConvCRF(4, compatibility=1 - torch.eye(4))
+    want = crf(log_probs, image)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(crf(log_probs, image), want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(crf(log_probs, image, pairwise=crf.pairwise(image)), want, rtol=1e-5, atol=1e-6)
+
+
 def test_extreme_scores_stay_finite():
     log_probs, image = street(seed=5)
     scores = (1e4 * log_probs).requires_grad_()
