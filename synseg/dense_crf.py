@@ -227,7 +227,8 @@ class DenseCRF(_Inference):
         return self.kl(torch.zeros_like(log_probs).scatter_(1, labels[:, None].long(), 1), log_probs, image, pairwise)
 
     def kl(self, q: Tensor, log_probs: Tensor, image: Tensor, pairwise: list | None = None) -> Tensor:
-        "KL(Q || P) of marginals q (N, K, H, W) but for the constant log Z: expected energy less entropy -> (N,) float64"
+        """KL(Q || P) of marginals q (N, K, H, W) but for the constant log Z: expected energy less entropy -> (N,) float64.
+        Pairs are those of the filters: a pixel with itself among them, unless self_term=False. Labels pay nothing there (Potts)."""
         total = []
         for p, (filters, unary) in zip(q, self._rows(log_probs, image, pairwise)):
             p = p.flatten(1).T.to(unary.dtype).contiguous()
