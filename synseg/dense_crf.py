@@ -156,15 +156,14 @@ _BITS = 1/math.log(2) # scores and votes in powers of two: exp2 is one instructi
 
 @torch.no_grad()
 def mean_field_inplace(
-    unary: Tensor, # (N, K) float32, any real scores
+    unary: Tensor, # (N, K) float32, the largest of each row 0
     pairwise: PairwiseFilter, # with weights of 0 or more
     iterations: int,
 ) -> Tensor: # (N, K) marginals
     "Mean field with Potts costs; three buffers, and nothing is allocated in the loop"
-    unary = unary - unary.amax(1, keepdim=True)
     reach = pairwise.message(unary.new_ones(len(unary), 1)).amax()
     if not reach < 40: return _mean_field_stable(unary, pairwise, iterations)
-    unary.clamp_(min=-80).mul_(_BITS) # smaller scores change nothing below `reach`, and their exponentials are slow (denormal)
+    unary = unary.clamp(min=-80).mul_(_BITS) # smaller scores change nothing below `reach`, and their exponentials are slow (denormal)
     pairwise = copy.copy(pairwise)
     pairwise.factors = [_BITS*f for f in pairwise.factors]
     ones = unary.new_ones(unary.shape[1], 1)
@@ -188,7 +187,7 @@ class _Inference(_Pairwise):
         slow = torch.is_grad_enabled() and log_probs.requires_grad or log_probs.dtype == torch.float64
         if slow or not self._plain: return self.log_marginals(log_probs, image, pairwise).exp()
         out = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
-        for one, (filters, unary) in zip(out, self._rows(log_probs, image, pairwise)):
+        for one, (filters, unary) in zip(out, self._rows(log_probs, image, pairwise, shift=True)):
             q = mean_field_inplace(unary, filters[0], self.iterations) if filters else unary.softmax(1)
             one.copy_(q.T.view(one.shape))
         return out
@@ -202,13 +201,15 @@ class _Inference(_Pairwise):
             refined.append(logits.log_softmax(1).T.reshape(log_probs.shape[1:]))
         return torch.stack(refined).to(log_probs.dtype) if refined else torch.zeros_like(log_probs)
 
-    def _rows(self, log_probs: Tensor, image: Tensor, pairwise: list | None):
-        "Image after image: its filters, and its scores in rows (H*W, K)"
+    def _rows(self, log_probs: Tensor, image: Tensor, pairwise: list | None, shift: bool = False):
+        "Image after image: its filters, and its scores in rows (H*W, K); with `shift` the largest of each row is 0"
         _check_scores(log_probs.detach(), image, self.num_classes)
         dtype = torch.float64 if self.exact or log_probs.dtype == torch.float64 else torch.float32
         for i, scores in enumerate(log_probs):
             filters = self.pairwise(image[i].to(dtype))[0] if pairwise is None else pairwise[i]
-            yield filters, scores.flatten(1).T.to(dtype).contiguous()
+            scores = scores.to(dtype)
+            if shift: scores = scores - scores.amax(0) # while classes are outermost: a maximum over short rows is slow
+            yield filters, scores.flatten(1).T.contiguous()
 
 # %% ../nbs/23_dense_crf.ipynb #ffbb1b64
 class DenseCRF(_Inference):
