@@ -7,7 +7,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "synseg"
 FLOOR = dict(
     core=0,
-    check=1, labels=1, runstate=1, things=1, stopwatch=1,
+    check=1, labels=1, runstate=1, things=1, stopwatch=1, frames=1,
     street=2, show=2, metrics=2, losses=2, transforms=2, schedules=2, files=2, kmeans=2, cuts=2, lattice=2,
     town=3, camera=3, layouts=3, scoring=3, segmenter=3, grid_crf=3, filters=3, window=3,
     scenes=4, datasets=4, callbacks=4, dense_crf=4, conv_crf=4,
