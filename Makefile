@@ -59,7 +59,7 @@ readme: $(VENV)/.dev
 	$(BIN)/python tools/readme.py
 
 site: $(VENV)/.dev
-	$(BIN)/nbdev_docs
+	$(BIN)/python tools/pages.py
 
 clean:
 	rm -rf build dist _proc _docs course-out *.egg-info

@@ -42,7 +42,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": cfg["console_scripts"].split("\n")},
+    entry_points={"console_scripts": cfg["console_scripts"].split("\n"),
+                  "nbdev": [f"{cfg['lib_name']} = {cfg['lib_path']}._modidx:d"]},
     cmdclass={"build_py": BuildWithCourse},
     zip_safe=False,
     classifiers=[

@@ -160,23 +160,26 @@ def mean_field_inplace(
     pairwise: PairwiseFilter, # with weights of 0 or more
     iterations: int,
 ) -> Tensor: # (N, K) marginals
-    "Mean field with Potts costs; three buffers, and nothing is allocated in the loop"
-    reach = pairwise.message(unary.new_ones(len(unary), 1)).amax()
-    if not reach < 40: return _mean_field_stable(unary, pairwise, iterations)
-    unary = unary.clamp(min=-80).mul_(_BITS) # smaller scores change nothing below `reach`, and their exponentials are slow (denormal)
+    "Mean field with Potts costs. In the loop nothing of size (N, K) is allocated: votes are made and used a piece at a time, in the cache"
+    # smaller scores change nothing while nobody hears more than 40 votes, and their exponentials are slow (denormal)
+    scores, ones = unary.clamp(min=-80).mul_(_BITS), unary.new_ones(unary.shape[1], 1)
     pairwise = copy.copy(pairwise)
     pairwise.factors = [_BITS*f for f in pairwise.factors]
-    ones = unary.new_ones(unary.shape[1], 1)
-    q, total, logits = torch.exp2(unary), unary.new_empty(len(unary), 1), torch.empty_like(unary)
-    q.div_(torch.mm(q, ones, out=total))
-    for _ in range(iterations):
-        pairwise.message(q, out=logits, bias=unary)
-        q.div_(torch.mm(torch.exp2(logits, out=q), ones, out=total))
+    q = torch.exp2(scores)
+    q.div_(q @ ones)
+    for i in range(iterations):
+        table = pairwise.vertices(q)
+        for part, rows in pairwise.slices:
+            p = rows @ table
+            # q adds up to 1, so the votes at a pixel add up to what it can hear at most: the same in every iteration
+            if not i and not (p @ ones).amax() < 40*_BITS: return _mean_field_stable(unary, pairwise, iterations)
+            p.add_(scores[part]).exp2_()
+            torch.div(p, p @ ones, out=q[part])
     return q
 
 def _mean_field_stable(unary: Tensor, pairwise: PairwiseFilter, iterations: int) -> Tensor:
     q = unary.softmax(1)
-    for _ in range(iterations): q = (unary + pairwise.message(q)).softmax(1)
+    for _ in range(iterations): q = (unary + pairwise.message(q)/_BITS).softmax(1)
     return q
 
 # %% ../nbs/23_dense_crf.ipynb #3aa80dd8
@@ -207,9 +210,10 @@ class _Inference(_Pairwise):
         dtype = torch.float64 if self.exact or log_probs.dtype == torch.float64 else torch.float32
         for i, scores in enumerate(log_probs):
             filters = self.pairwise(image[i].to(dtype))[0] if pairwise is None else pairwise[i]
-            scores = scores.to(dtype)
-            if shift: scores = scores - scores.amax(0) # while classes are outermost: a maximum over short rows is slow
-            yield filters, scores.flatten(1).T.contiguous()
+            rows = scores.to(dtype).flatten(1).T
+            # the largest is looked for while classes are outermost: a maximum over short rows is slow
+            if shift: yield filters, torch.sub(rows, rows.amax(1, keepdim=True), out=rows.new_empty(rows.shape))
+            else: yield filters, rows.contiguous()
 
 # %% ../nbs/23_dense_crf.ipynb #ffbb1b64
 class DenseCRF(_Inference):

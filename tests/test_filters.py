@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from synseg.filters import NORMALIZATIONS, Kernel, PairwiseFilter, Rows, blur_matrices, gaussian_lattice, kernel, read_vertices, transposed
+from synseg.filters import NORMALIZATIONS, Kernel, PairwiseFilter, Rows, blur_matrices, gaussian_lattice, kernel, pieces, read_vertices, transposed
 from synseg.lattice import Lattice, bilateral_features, spatial_features
 
 
@@ -38,7 +38,7 @@ def test_rows_and_transposes_against_dense_matrices():
     torch.testing.assert_close(turned @ v, dense.T @ v)
     table, out = torch.rand(17, 3), torch.empty(29, 3)
     for chunk in (1, 5, 29, 100):
-        torch.testing.assert_close(read_vertices(columns, values, table, out, chunk=chunk), dense @ table)
+        torch.testing.assert_close(read_vertices(pieces(columns, values, chunk), table, out), dense @ table)
     empty = Rows(torch.zeros(4, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0))
     assert torch.equal(empty @ table, torch.zeros(3, 3))
 

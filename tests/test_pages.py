@@ -1,0 +1,54 @@
+"What the website asks of the notebooks, as far as it can be said without quarto"
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+def cells(path, kind):
+    return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_readers_of_the_site_see_the_exported_source(path):
+    for source in cells(path, "code"):
+        if source.startswith("#| export\n"):
+            body = ast.parse(source).body
+            assert all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body), f"use #| exports here:\n{source[:120]}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+def test_formulas_become_mathml(path):
+    for source in cells(path, "markdown"):
+        assert not re.search(r"\\[bB]igg?[lr]\b", source), "pandoc's MathML knows \\Big( but not \\Bigl("
+
+
+def test_every_page_is_prepared(tmp_path):
+    pytest.importorskip("nbdev")
+    for name in ("settings.ini", "_quarto.yml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", symlinks=True)
+    run = subprocess.run([sys.executable, str(ROOT / "tools" / "pages.py"), "--prepare"], cwd=tmp_path, capture_output=True,
+                         text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr[-3000:]
+    made = sorted((tmp_path / "_proc").glob("*.ipynb"))
+    assert [p.name for p in made] == [p.name for p in PAGES]
+    assert (tmp_path / "_proc" / "images").is_dir()
+    for page in made:
+        for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+            if "show_doc(" in "".join(cell["source"]):
+                entry = "".join(cell["outputs"][0]["data"]["text/markdown"])
+                assert "### " in entry and "__main__" not in entry and "\x08" not in entry and "#LNone" not in entry, page.name
+    labels = (tmp_path / "_proc" / "02_labels.ipynb").read_text(encoding="utf-8")
+    assert re.search(r'title: .{0,2}2 .{1,6} Labels', labels), "chapters carry their number"
+    one, other, source = (labels.index(s) for s in ("### one_hot", "### from_one_hot", "def one_hot(labels"))
+    assert one < other < source, "entries in the order of their cell, then its source"

@@ -1,0 +1,122 @@
+"""Render the website into _docs: nbdev prepares the notebooks, quarto makes the pages.
+
+Some things differ from plain nbdev_docs. Entries of the API are made from the installed module: no cell is run.
+The entries of a cell stand in its order, and its source below them. A command shows its help, not its signature.
+Names link within the site. Chapters carry their number. README.md is left alone (tools/readme.py writes it)."""
+import inspect
+import re
+import shutil
+import sys
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, get_origin
+
+import nbdev.serve
+import yaml
+from nbdev import processors as p
+from nbdev.config import get_config
+from nbdev.doclinks import NbdevLookup
+from nbdev.frontmatter import FrontmatterProc
+from nbdev.process import Processor
+from nbdev.quarto import nbdev_docs
+from nbdev.showdoc import BasicMarkdownRenderer
+
+CHAPTERS = {name for section in yaml.safe_load(Path("_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+            if isinstance(section, dict) and section["section"] not in ("Tools", "Under the hood") for name in section["contents"]}
+
+
+def tidy(doc):
+    "A docstring as Markdown: its first sentence on one line, what follows Click's mark as code"
+    first, *rest = doc.split("\n\n")
+    rest = [re.sub(r"\x08\n\s*(.*?:)\n((?:.|\n)*)", lambda m: f"{m[1]}\n\n```sh\n{inspect.cleandoc(m[2])}\n```", part) for part in rest]
+    return "\n\n".join([" ".join(first.split("\n")), *rest])
+
+
+def entry(sym):
+    "Heading, signature and docstring of a function or a class"
+    renderer = BasicMarkdownRenderer(sym)
+    doc, renderer.docs = tidy(inspect.getdoc(sym) or "") if renderer.docs else "", ""  # nbdev would print its first line in italics
+    text = re.sub(r"#LNone\b", f"#L{inspect.getsourcelines(sym)[1]}", renderer._repr_markdown_(), count=1)
+    head, fence, rest = text.rpartition("\n```")
+    head = re.sub(r"\b(?:collections\.abc|typing|pathlib|torch|torch\._C|torch\.nn\.modules\.module|synseg\.\w+)\.(?=[A-Z])", "", head)
+    if inspect.isclass(sym):
+        head = re.sub(r"\)(?:->None)?:$", ")", re.sub(r"^def ", "class ", head, flags=re.M))
+    text = head + fence + rest
+    annotations = [x.annotation for x in renderer.sig.parameters.values()] if renderer.sig else []
+    is_command = any(get_origin(a) is Annotated for a in annotations) or "\x08" in (sym.__doc__ or "")
+    if is_command:
+        text = re.sub(r"```python\n.*?\n```", "", text, count=1, flags=re.S)
+    return f"{text}\n\n{doc}"
+
+
+class Numbered(FrontmatterProc):
+    "The number of a chapter of the course in its title, as the text counts"
+
+    def end(self):
+        name = Path(self.nb.path_).name
+        if name in CHAPTERS and "title" in self.fm:
+            self.fm["title"] = f"{int(name[:2])} · {self.fm['title']}"
+        super().end()
+
+
+class from_module(Processor):
+    "Fill the entries from the installed module"
+
+    def begin(self):
+        names = [cell.directives_["default_exp"][0] for cell in self.nb.cells if "default_exp" in (cell.directives_ or {})]
+        self.module = import_module(f"{get_config().lib_path.name}.{names[0]}") if names else None
+
+    def __call__(self, cell):
+        shown = cell.cell_type == "code" and re.search(r"^show_doc\(([\w.]+)\)", cell.source, re.M)
+        if shown:
+            text = entry(attrgetter(shown[1])(self.module))
+            cell.outputs = [{"output_type": "display_data", "metadata": {}, "data": {"text/markdown": text.splitlines(keepends=True)}}]
+
+
+class arrange(Processor):
+    "Entries in the order of the cell, then its source"
+
+    def begin(self):
+        cells = self.nb.cells
+        for cell in [c for c in cells if c.cell_type == "code" and "exports" in (c.directives_ or {})]:
+            start = next(i for i, c in enumerate(cells, 1) if c is cell)
+            end = start
+            while end < len(cells) and getattr(cells[end], "has_sd", 0):
+                end += 1
+            cells[start - 1:end] = [*cells[start:end][::-1], cell]
+
+
+def as_page(cell):
+    "HTML outputs as part of the page: quarto would load two libraries from elsewhere for them"
+    for out in cell.get("outputs", []):
+        html = out.get("data", {}).pop("text/html", None)
+        if html:
+            out["data"]["text/markdown"] = ["```{=html}\n", *html, "\n```\n"]
+
+
+class Names(NbdevLookup):
+    "Names that have an entry on this site. A plain word, such as `train`, may be anything and is left alone"
+
+    def doc(self, sym):
+        url = super().doc(sym)
+        here = get_config().doc_host.rstrip("/") + "/" + get_config().doc_baseurl.strip("/") + "/"
+        if not url or not url.startswith(here):
+            return url
+        return url[len(here):] if re.fullmatch(r"(?!_)(\w*[A-Z_]\w*)", sym) else None
+
+
+class Pages(p.FilterDefaults):
+    def base_procs(self):
+        ours = {FrontmatterProc: Numbered, p.exec_show_docs: from_module, p.mv_exports: arrange}
+        return [*(ours.get(proc, proc) for proc in super().base_procs()), as_page]
+
+
+if __name__ == "__main__":
+    nbdev.serve.FilterDefaults, p.NbdevLookup = Pages, Names
+    if "--prepare" in sys.argv:  # the notebooks alone, for which quarto is not needed
+        raise SystemExit(nbdev.serve.proc_nbs(n_workers=0) and None)
+    if not shutil.which("quarto"):
+        raise SystemExit("quarto makes the pages and is not on the PATH: https://quarto.org/docs/get-started")
+    (get_config().config_path / "README.md").touch()  # else nbdev renders its own
+    nbdev_docs.__wrapped__(n_workers=0)
