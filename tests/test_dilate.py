@@ -266,5 +266,6 @@ def test_gridding_energy_is_a_share():
     same(gridding_energy(5 * x + 7, 2), e, rtol=1e-3, atol=1e-4)
     same(gridding_energy(x.transpose(2, 3), 2), e, **close)
     assert gridding_energy(torch.ones(1, 1, 16, 16), 2) < 1
+    assert abs(float(gridding_energy(x.bfloat16(), 2) - e)) < 0.01
     tiny = torch.randn(1, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda t: gridding_energy(t, 2), tiny)
