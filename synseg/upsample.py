@@ -40,7 +40,7 @@ def unpool(x: Tensor, # (N, C, h, w)
         raise ValueError(f"values {tuple(x.shape)} and indices {tuple(indices.shape)} found; expected one shape: take the "
                          "indices of the pooling at the same level, with as many channels")
     flat = x.new_zeros(*x.shape[:2], size[0]*size[1])
-    # a scatter and not F.max_unpool2d: it exports, and it is an exact transpose also where windows overlap
+    # a scatter and not F.max_unpool2d: ONNX knows it, and it is an exact transpose also where windows overlap
     try: return flat.scatter_add(2, indices.flatten(2), x.flatten(2)).unflatten(2, tuple(size))
     except RuntimeError as error:
         if "out of bounds" not in str(error): raise
@@ -87,7 +87,9 @@ def bilinear_upsampler(channels: int, # in and out
 def phase_sums(kernel: Tensor, # (..., kh, kw)
                stride: int, # of the transposed convolution
               ) -> Tensor: # (..., stride, stride)
-    "What a transposed convolution makes of a flat input of ones, away from borders: one number for each phase of the stride"
+    """What a transposed convolution makes of a flat input of ones, away from borders: one number for each phase of the stride.
+
+    Phase (i, j) is that of output pixels i, j mod stride, without padding; ValueError for a stride below 1."""
     if stride < 1: raise ValueError(f"stride {stride} found; expected 1 or more")
     down, right = (-n % stride for n in kernel.shape[-2:])
     kernel = F.pad(kernel, (0, right, 0, down))
@@ -97,9 +99,8 @@ def phase_sums(kernel: Tensor, # (..., kh, kw)
 def _near_harmonics(n: int, stride: int, width: int, device) -> Tensor:
     "For each of n frequencies, whether a multiple of 1/stride is at most `width` bins away; and whether that multiple is 0"
     bins, step = torch.arange(n, device=device), n//stride
-    offset = (bins + step//2) % step - step//2
-    zero = torch.minimum(bins, n - bins) <= width
-    return offset.abs() <= width, zero
+    near = ((bins + step//2) % step - step//2).abs() <= width
+    return near, torch.minimum(bins, n - bins) <= width
 
 def artefact_energy(x: Tensor, # (..., H, W)
                     stride: int, # period of the suspected pattern, in pixels, 2 or more
