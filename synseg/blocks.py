@@ -44,8 +44,8 @@ class ConvNormAct(nn.Sequential):
 
     No bias before a norm (Ioffe & Szegedy 2015, section 3.2), one where `norm=None`; `act=None` leaves the sum linear.
     ValueError for an even kernel or groups that do not divide the channels."""
-    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int] = 3, stride: int = 1, dilation: int | tuple[int, int] = 1,
-                 groups: int = 1, norm: Maker | None = nn.BatchNorm2d, act: Maker | None = nn.ReLU):
+    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int] = 3, stride: int = 1,
+                 dilation: int | tuple[int, int] = 1, groups: int = 1, norm: Maker | None = nn.BatchNorm2d, act: Maker | None = nn.ReLU):
         _whole(c_in=c_in, c_out=c_out, groups=groups)
         if c_in % groups or c_out % groups:
             raise ValueError(f"groups {groups} found; it must divide the channels that come in ({c_in}) and go out ({c_out})")
@@ -58,9 +58,11 @@ class SeparableConv(nn.Sequential):
     """Depthwise convolution and norm, then 1x1 convolution, norm and activation: c_in k^2 + c_in c_out weights, not c_in c_out k^2.
 
     Between the two there is no activation (Chollet 2017, section 4.7) unless `inner=` names one. Arguments as of `ConvNormAct`."""
-    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int] = 3, stride: int = 1, dilation: int | tuple[int, int] = 1,
-                 norm: Maker | None = nn.BatchNorm2d, act: Maker | None = nn.ReLU, inner: Maker | None = None):
-        super().__init__(ConvNormAct(c_in, c_in, kernel, stride, dilation, c_in, norm, inner), ConvNormAct(c_in, c_out, 1, norm=norm, act=act))
+    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int] = 3, stride: int = 1,
+                 dilation: int | tuple[int, int] = 1, norm: Maker | None = nn.BatchNorm2d, act: Maker | None = nn.ReLU,
+                 inner: Maker | None = None):
+        super().__init__(ConvNormAct(c_in, c_in, kernel, stride, dilation, c_in, norm, inner),
+                         ConvNormAct(c_in, c_out, 1, norm=norm, act=act))
         self.out_channels = c_out
 
 # %% ../nbs/33_blocks.ipynb #5167058a
@@ -101,7 +103,8 @@ class Bottleneck(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int = 1, dilation: int = 1, expansion: int = 4, stride_first: bool = False,
                  norm: Maker = nn.BatchNorm2d):
         _whole(c_in=c_in, c_out=c_out, stride=stride, dilation=dilation, expansion=expansion)
-        if c_out % expansion: raise ValueError(f"c_out {c_out} found; expected a multiple of expansion={expansion}, the inner width is c_out / expansion")
+        if c_out % expansion:
+            raise ValueError(f"c_out {c_out} found; expected a multiple of expansion={expansion}: the inner width is their ratio")
         super().__init__()
         width, early, late = c_out // expansion, stride if stride_first else 1, 1 if stride_first else stride
         self.conv1 = nn.Conv2d(c_in, width, 1, early, bias=False)

@@ -32,7 +32,8 @@ def as_frame(
                          "(H, W, 3) of uint8 or of floats in [0, 1]")
     if array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):
-            raise ValueError(f"a frame with values from {array.min():.3g} to {array.max():.3g} found; expected [0, 1]: rescale it")
+            raise ValueError(f"a frame with values from {array.min():.3g} to {array.max():.3g} found; "
+                             "expected [0, 1]: rescale it")
         array = (array * 255).round()
     if array.ndim == 2: array = np.repeat(array[..., None], 3, 2)
     return array.astype(np.uint8).repeat(scale, 0).repeat(scale, 1)
@@ -96,11 +97,16 @@ class Slider:
         return f"{len(self)} frames of {self.size[0]}x{self.size[1]}, one for each {self.label}: " + "; ".join(self.captions)
 
     def _repr_html_(self):
-        images = "".join(_img(p, c, a, self.size, i == self.start) for i, (p, c, a) in enumerate(zip(self.pngs, self.captions, self.alts)))
+        frames = enumerate(zip(self.pngs, self.captions, self.alts))
+        images = "".join(_img(png, caption, alt, self.size, i == self.start) for i, (png, caption, alt) in frames)
         now, pressed = html.escape(self.captions[self.start]), html.escape(_PRESSED.format(ms=round(self.seconds * 1000)))
-        return (f'<div class="frames" role="group" aria-label="{html.escape(self.label)}" style="max-width:max({self.size[1]}px,20em)">{images}'
-                f'<div style="display:flex;gap:.6em;align-items:center"><button type="button" onclick="{pressed}">Play</button>'
-                f'<input type="range" min="0" max="{len(self) - 1}" step="1" value="{self.start}" autocomplete="off" style="flex:1" '
+        return (f'<div class="frames" role="group" aria-label="{html.escape(self.label)}" '
+                f'style="max-width:max({self.size[1]}px,20em)">{images}'
+                f'<div style="display:flex;gap:.6em;align-items:center"><button type="button" '
+                f'style="font:inherit;color:inherit;background:none;border:1px solid;border-radius:.3em;min-width:4.5em" '
+                f'onclick="{pressed}">Play</button>'
+                f'<input type="range" min="0" max="{len(self) - 1}" step="1" value="{self.start}" '
+                f'autocomplete="off" style="flex:1" '
                 f'aria-label="{html.escape(self.label)}" aria-valuetext="{now}" oninput="{html.escape(_MOVED)}"></div>'
                 f'<div class="caption" style="min-height:1.5em">{now}</div>'
                 '<noscript>The other frames need JavaScript.</noscript></div>')
@@ -140,5 +146,6 @@ def slider(
     palette, indices = shared_palette(drawn, colours)
     made = Slider(tuple(palette_png(i, palette) for i in indices), sizes[0], captions, alts, label, start % n, seconds)
     if (kb := len(made._repr_html_()) / 1024) > limit_kb:
-        raise ValueError(f"{kb:.0f} kB found; expected at most {limit_kb:g}: fewer or smaller frames, fewer colours, or raise limit_kb=")
+        raise ValueError(f"{kb:.0f} kB found; expected at most {limit_kb:g}: take fewer or smaller frames, fewer colours, "
+                         "or raise limit_kb=")
     return made
