@@ -99,8 +99,7 @@ def phase_sums(kernel: Tensor, # (..., kh, kw)
 def _near_harmonics(n: int, stride: int, width: int, device) -> Tensor:
     "For each of n frequencies, whether a multiple of 1/stride is at most `width` bins away; and whether that multiple is 0"
     bins, step = torch.arange(n, device=device), n//stride
-    near = ((bins + step//2) % step - step//2).abs() <= width
-    return near, torch.minimum(bins, n - bins) <= width
+    return ((bins + step//2) % step - step//2).abs() <= width, torch.minimum(bins, n - bins) <= width
 
 def artefact_energy(x: Tensor, # (..., H, W)
                     stride: int, # period of the suspected pattern, in pixels, 2 or more
@@ -116,6 +115,7 @@ def artefact_energy(x: Tensor, # (..., H, W)
     if min(h, w) < (least := 2*(width + 1)*stride):
         raise ValueError(f"a map of {x.shape[-2]}x{x.shape[-1]} found; expected {least} or more pixels a side for stride {stride}")
     x = x[..., :h, :w].float() if x.dtype in (torch.float16, torch.bfloat16) else x[..., :h, :w]
+    x = x/x.detach().abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) # squares must not overflow
     hann = lambda n: torch.hann_window(n, device=x.device, dtype=x.dtype)
     window = hann(h)[:, None]*hann(w)
     mean = (x*window).sum((-2, -1), keepdim=True)/window.sum()
@@ -123,7 +123,7 @@ def artefact_energy(x: Tensor, # (..., H, W)
     (near_y, zero_y), (near_x, zero_x) = (_near_harmonics(n, stride, width, x.device) for n in (h, w))
     pattern = near_y[:, None] & near_x & ~(zero_y[:, None] & zero_x)
     total = power.sum((-2, -1))
-    rounding = (8*torch.finfo(x.dtype).eps*h*w*x.abs().amax((-2, -1))).square() # what a flat map leaves
+    rounding = (8*torch.finfo(x.dtype).eps*h*w)**2 # what a flat map leaves
     return torch.where(total > rounding, (power*pattern).sum((-2, -1))/total.clamp_min(torch.finfo(x.dtype).tiny), 0)
 
 # %% ../nbs/31_upsample.ipynb #0a79b73f
