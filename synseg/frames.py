@@ -44,12 +44,11 @@ def shared_palette(frames: Sequence[np.ndarray], # (H, W, 3) uint8 each
                   ) -> tuple[np.ndarray, list[np.ndarray]]: # palette (P, 3) uint8; indices (H, W) uint8 of each frame
     "The same few colours for all frames: exactly theirs where they have no more, else chosen so that rare ones survive"
     packed = [f.astype(np.int32) @ [65536, 256, 1] for f in frames]
-    found, inverse, count = np.unique(np.concatenate([p.ravel() for p in packed]), return_inverse=True, return_counts=True)
+    found, inverse = np.unique(np.concatenate([p.ravel() for p in packed]), return_inverse=True)
     found = np.stack([found >> 16, found >> 8 & 255, found & 255], 1).astype(np.uint8)
     palette = found
     if len(found) > colours:
-        census = np.repeat(found, np.ceil(np.sqrt(count)).astype(int), 0)
-        chosen = Image.fromarray(census[None]).quantize(colours, Image.Quantize.MAXCOVERAGE)
+        chosen = Image.fromarray(found[None]).quantize(colours, Image.Quantize.MAXCOVERAGE)
         palette = np.array(chosen.getpalette(), np.uint8).reshape(-1, 3)[:colours]
     nearest = cKDTree(palette).query(found)[1].astype(np.uint8)[inverse.ravel()]
     cuts = np.cumsum([p.size for p in packed])[:-1]
