@@ -18,13 +18,18 @@ from torch import Tensor, nn
 from .core import atomic_path
 from .labels import LabelSpace
 from .segmenter import ModelEntry, ModelInfo, Segmenter
+from .fcn import ENTRIES as FCNS
+from .gridnet import ENTRIES as GRIDNETS
+from .pretrained import ENTRIES as PRETRAINED
+from .segnet import ENTRIES as SEGNETS
+from .tiramisu import ENTRIES as TIRAMISUS
 from .unet import ENTRIES as UNETS
 
 # %% auto #0
 __all__ = ['list_models', 'model_info', 'model_options', 'ModelCard', 'create_model', 'save_model', 'read_card', 'load_model']
 
 # %% ../nbs/15_zoo.ipynb #2aedb9ff
-_ENTRIES: dict[str, ModelEntry] = {**UNETS}
+_ENTRIES: dict[str, ModelEntry] = {**UNETS, **PRETRAINED, **FCNS, **SEGNETS, **TIRAMISUS, **GRIDNETS}
 
 def list_models() -> list[str]:
     "Names that `create_model` knows"

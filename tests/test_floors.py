@@ -11,14 +11,17 @@ FLOOR = dict(
     street=2, show=2, metrics=2, losses=2, transforms=2, schedules=2, files=2, kmeans=2, cuts=2, lattice=2, conv=2,
     town=3, camera=3, layouts=3, scoring=3, segmenter=3, grid_crf=3, filters=3, window=3, upsample=3, dilate=3,
     scenes=4, datasets=4, callbacks=4, dense_crf=4, conv_crf=4, blocks=4,
-    engine=5, unet=5, rivals=5,
-    zoo=6,
-    train=7, inference=7, crf_fit=7,
-    runs=8, doctor=8, notebooks=8, console=8, benchmark=8,
-    recipes=9, browse=9, experiments=10,
-    cli=11,
+    engine=5, backbone=5, rivals=5,
+    unet=6,
+    fcn=7, segnet=7, tiramisu=7, gridnet=7, pretrained=7,
+    zoo=8,
+    train=9, inference=9, crf_fit=9,
+    runs=10, doctor=10, notebooks=10, console=10, benchmark=10,
+    recipes=11, browse=11, experiments=12,
+    cli=13,
 )
-NETWORKS = {"segmenter", "conv", "upsample", "dilate", "blocks", "unet", "zoo"}
+NETWORKS = {"segmenter", "conv", "upsample", "dilate", "blocks", "backbone", "unet", "fcn", "segnet", "tiramisu", "gridnet",
+            "pretrained", "zoo"}
 CLASSICAL = {"kmeans", "cuts", "lattice", "grid_crf", "filters", "window", "dense_crf", "conv_crf"}
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
 
