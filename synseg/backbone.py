@@ -59,7 +59,7 @@ def dilate_(net: nn.Module,  # convolutions and max pools, from an image to any 
     if output_stride not in (8, 16, 32): raise ValueError(f"output_stride {output_stride!r} found; expected 8, 16 or 32")
     first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
     image = torch.empty(1, first.in_channels, _PROBE, _PROBE, dtype=first.weight.dtype, device="meta")
-    for row in trace(copy.deepcopy(net).to("meta"), image):
+    for row in trace(net if first.weight.is_meta else copy.deepcopy(net).to("meta"), image):
         layer = net.get_submodule(row.module)
         windowed = isinstance(layer, (nn.Conv2d, nn.MaxPool2d))
         before, after = _pixels_per_step(row)
@@ -68,6 +68,7 @@ def dilate_(net: nn.Module,  # convolutions and max pools, from an image to any 
         stride = min(after, output_stride) // min(before, output_stride)
         parent, _, leaf = row.module.rpartition(".")
         setattr(net.get_submodule(parent), leaf, _spread(layer, stride, max(1, before // output_stride), row.module))
+    if isinstance(net, Encoder): net.strides = tuple(min(s, output_stride) for s in net.strides)
     return net
 
 # %% ../nbs/40_backbone.ipynb #50720542
@@ -91,12 +92,14 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         return [m for i, m in enumerate(self.road(x)) if i in self.taps]
 
-    def measure(self, in_channels: int, output_stride: int) -> None:
-        "Find the rungs of this encoder, which must be strided and on the meta device, as they will be at `output_stride`"
+    def measure(self, in_channels: int) -> "Encoder":
+        "Find the rungs of this encoder, which must be strided and on the meta device"
+        self.eval()  # without data, norms are quicker if they need no batch statistics
         shapes = [m.shape for m in self.road(torch.empty(1, in_channels, _PROBE, _PROBE, device="meta"))]
         self.taps = [i for i, s in enumerate(shapes) if i + 1 == len(shapes) or shapes[i + 1][-1] != s[-1]]
         self.in_channels, self.channels = in_channels, tuple(shapes[i][1] for i in self.taps)
-        self.strides = tuple(min(_PROBE // shapes[i][-1], output_stride) for i in self.taps)
+        self.strides = tuple(_PROBE // shapes[i][-1] for i in self.taps)
+        return self.train()
 
 # %% ../nbs/40_backbone.ipynb #dcd8ac84
 def separable(c_in: int, c_out: int, stride: int = 1, relu: bool = False) -> nn.Sequential:
@@ -201,7 +204,7 @@ def create_encoder(name: str,  # one of encoder_names()
     with torch.device("meta"):  # shapes without numbers: rebuilding costs nothing
         encoder = _trunk(name)
         if in_channels != 3 or width is not None: _refit(encoder, in_channels, width)
-        encoder.measure(in_channels, output_stride)
+        encoder.measure(in_channels)
         if output_stride < 32: dilate_(encoder, output_stride)
     return he_fan_out_(encoder.to_empty(device=device))
 
