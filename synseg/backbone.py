@@ -145,7 +145,8 @@ class XceptionFlow(nn.ModuleList):
 # %% ../nbs/40_backbone.ipynb #6b6a5dcd
 def xception65_layers() -> dict[str, nn.Module]:
     "Aligned Xception-65: two 3x3 convolutions, entry flow of 3 blocks, middle of 16, exit of 2 (Chen et al. 2018, figure 4)"
-    stem = [nn.Sequential(OrderedDict(conv=nn.Conv2d(a, b, 3, s, 1, bias=False), bn=nn.BatchNorm2d(b, eps=1e-3), act=nn.ReLU(True)))
+    norm = lambda c: nn.BatchNorm2d(c, eps=1e-3)
+    stem = [nn.Sequential(OrderedDict(conv=nn.Conv2d(a, b, 3, s, 1, bias=False), bn=norm(b), act=nn.ReLU(inplace=True)))
             for a, b, s in ((3, 32, 2), (32, 64, 1))]
     entry = [XceptionBlock(a, (b, b, b), 2) for a, b in ((64, 128), (128, 256), (256, 728))]
     middle = [XceptionBlock(728, (728, 728, 728)) for _ in range(16)]
@@ -182,7 +183,7 @@ def _refit(net: nn.Module, in_channels: int, width: int | None) -> None:
         setattr(net.get_submodule(parent), leaf, m)
 
 def he_fan_out_(net: nn.Module) -> nn.Module:
-    "Normal weights of variance 2 groups / (k^2 c_out), biases 0, norms as new: He et al. 2015, equation 14 (torchvision omits groups)"
+    "Normal weights of variance 2 groups / (k^2 c_out), biases 0, norms as new: He et al. 2015, eq. 14 (torchvision omits groups)"
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.normal_(m.weight, std=(2 / (m.weight[0, 0].numel() * m.out_channels / m.groups))**0.5)
@@ -236,7 +237,8 @@ class InceptionFeatures(nn.Module):
         he_fan_out_(net)
         if weights is not None:
             try: net.load_state_dict(_inception_state(weights))
-            except RuntimeError as error: raise ValueError(f"{weights} does not fit torchvision's inception_v3: {error}") from error
+            except RuntimeError as error:
+                raise ValueError(f"{weights} does not fit torchvision's inception_v3: {error}") from error
         self.net, self.name = net.requires_grad_(False), f"torchvision Inception-v3 ({weights or 'random weights'})"
         self.train(False)
 
