@@ -6,8 +6,7 @@
 __all__ = ['ENTRIES', 'TransitionDown', 'TransitionUp', 'he_uniform', 'BatchStatisticsNorm', 'frozen_statistics', 'recomputed',
            'LeanDenseBlock', 'FCDenseNet', 'fc_densenet56', 'fc_densenet67', 'fc_densenet103']
 
-# %% ../nbs/43_tiramisu.ipynb #72032305
-import math
+# %% ../nbs/43_tiramisu.ipynb #42244f05
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -21,7 +20,7 @@ from .blocks import DenseBlock, Maker
 from .segmenter import ModelEntry, ModelInfo, Segmenter
 from .unet import crop_like
 
-# %% ../nbs/43_tiramisu.ipynb #4d4a9e54
+# %% ../nbs/43_tiramisu.ipynb #30c51acb
 class TransitionDown(nn.Sequential):
     "Norm, ReLU, 1x1 of the same width, dropout, 2x2 max pooling: (N, C, H, W) -> (N, C, H // 2, W // 2) (table 1)"
     def __init__(self, channels: int, dropout: float = 0.2, norm: Maker = nn.BatchNorm2d):
@@ -35,7 +34,7 @@ class TransitionUp(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor: return torch.cat(crop_like(self.up(x), skip), 1)
 
-# %% ../nbs/43_tiramisu.ipynb #57367094
+# %% ../nbs/43_tiramisu.ipynb #bbd923c8
 def he_uniform(net: nn.Module) -> None:
     "Weights from U(-b, b), b = sqrt(6 / n), n a weight's size beyond its first axis; biases 0 (the authors' HeUniform)"
     for m in net.modules():
@@ -43,16 +42,16 @@ def he_uniform(net: nn.Module) -> None:
         nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
         if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../nbs/43_tiramisu.ipynb #48ce189f
+# %% ../nbs/43_tiramisu.ipynb #75e3f413
 class BatchStatisticsNorm(nn.BatchNorm2d):
-    """Batch norm that takes mean and variance from the batch at hand in eval mode too: an image's result depends on its neighbours.
+    """Batch norm with the mean and variance of the batch at hand in eval mode too: an image's result depends on its neighbours.
 
     Running statistics are still learned in train mode, so that the same `state_dict` fits `nn.BatchNorm2d`."""
     def forward(self, x: Tensor) -> Tensor:
         if self.training: return super().forward(x)
         return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
-# %% ../nbs/43_tiramisu.ipynb #e22cadf4
+# %% ../nbs/43_tiramisu.ipynb #7c8b78ca
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     "Inside, the batch norms of `module` update copies of their running statistics; afterwards they have the old ones again"
@@ -79,37 +78,48 @@ class LeanDenseBlock(DenseBlock):
         for layer in self: maps.append(recomputed(layer, *maps))
         return torch.cat(maps if self.keep_input else maps[1:], 1)
 
-# %% ../nbs/43_tiramisu.ipynb #cdaa97b6
+# %% ../nbs/43_tiramisu.ipynb #d4cace4d
+def _way_down(width: int, layers: Sequence[int], block: Maker, dropout: float, norm: Maker):
+    "Blocks, the transition behind each, and the width of each stack"
+    blocks, pools, widths = nn.ModuleList(), nn.ModuleList(), []
+    for n in layers:
+        blocks.append(block(width, n))
+        width = blocks[-1].out_channels
+        widths.append(width)
+        pools.append(TransitionDown(width, dropout, norm))
+    return blocks, pools, widths
+
+def _way_up(width: int, skips: Sequence[int], layers: Sequence[int], block: Maker, keep_input: bool):
+    "The transition before each block, blocks, and the width of what the last one hands over: its whole stack"
+    grow, blocks = nn.ModuleList(), nn.ModuleList()
+    for i, n in enumerate(layers, 1):
+        grow.append(TransitionUp(width))
+        blocks.append(block(width + skips[-i], n, keep_input=keep_input or i == len(layers)))
+        width = blocks[-1].out_channels
+    return grow, blocks, width
+
+# %% ../nbs/43_tiramisu.ipynb #9064a765
 class FCDenseNet(Segmenter):
     """FC-DenseNet (Jégou et al. 2017, tables 1 and 2) for any size: `layers` for each block down, at the bottom, and up.
 
     `growth`: new maps of each layer. `batch_statistics`: norms use those of the batch in eval mode too, as the authors do.
-    `checkpoint`: recompute blocks on the way back, for less memory and the same bits. `keep_input`: upward blocks pass on
-    their input too, which the paper argues against. ValueError unless `layers` is an odd number of whole numbers."""
+    `checkpoint`: recompute layers on the way back, for less memory and the same bits. `keep_input`: upward blocks pass on
+    their input too, which the paper argues against. ValueError unless `layers` has an odd number of entries."""
     def __init__(self, num_classes: int, in_channels: int = 3, layers: Sequence[int] = (4,) * 11, *, width: int = 48,
                  growth: int = 12, dropout: float = 0.2, batch_statistics: bool = False, checkpoint: bool = False,
                  keep_input: bool = False):
         super().__init__(num_classes, in_channels)
         if len(layers) % 2 == 0: raise ValueError(f"layers has {len(layers)} entries; expected an odd number: down, bottom, up")
         if width < 1: raise ValueError(f"width is {width}; it must be at least 1")
-        half, self.checkpoint, skips = len(layers) // 2, checkpoint, []
+        half, self.checkpoint = len(layers) // 2, checkpoint
         self.min_size = max(self.min_size, 2**(half + 1))  # two pixels at the bottom, so that there is a variance
         norm = partial(BatchStatisticsNorm if batch_statistics else nn.BatchNorm2d, eps=1e-4)  # Lasagne's, where PyTorch has 1e-5
         block = partial(LeanDenseBlock if checkpoint else DenseBlock, growth=growth, dropout=dropout, norm=norm)
         self.first = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.down, self.pool, self.grow, self.up = (nn.ModuleList() for _ in range(4))
-        for n in layers[:half]:
-            self.down.append(block(width, n))
-            width = self.down[-1].out_channels
-            skips.append(width)
-            self.pool.append(TransitionDown(width, dropout, norm))
-        self.bottom = block(width, layers[half], keep_input=keep_input or not half)
-        width = self.bottom.out_channels
-        for i, n in enumerate(layers[half + 1:], 1):
-            self.grow.append(TransitionUp(width))
-            self.up.append(block(width + skips.pop(), n, keep_input=keep_input or i == half))  # the last hands over its whole stack
-            width = self.up[-1].out_channels
-        self.score = nn.Conv2d(width, num_classes, 1)
+        self.down, self.pool, skips = _way_down(width, layers[:half], block, dropout, norm)
+        bottom = block(skips[-1] if skips else width, layers[half], keep_input=keep_input or not half)
+        self.grow, self.up, width = _way_up(bottom.out_channels, skips, layers[half + 1:], block, keep_input)
+        self.bottom, self.score = bottom, nn.Conv2d(width, num_classes, 1)
         he_uniform(self)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -121,7 +131,7 @@ class FCDenseNet(Segmenter):
         for grow, block in zip(self.grow, self.up): x = block(grow(x, skips.pop()))
         return self.score(x)
 
-# %% ../nbs/43_tiramisu.ipynb #43081762
+# %% ../nbs/43_tiramisu.ipynb #8a7bf6d4
 def _growth(growth: int | None, paper: int, width: int) -> int:
     "The growth asked for, else the paper's in proportion to the width"
     return max(1, round(paper * width / 48)) if growth is None else growth
@@ -145,12 +155,12 @@ def fc_densenet103(num_classes: int, in_channels: int = 3, *, width: int = 48, g
                       growth=_growth(growth, 16, width), dropout=dropout, batch_statistics=batch_statistics,
                       checkpoint=checkpoint, keep_input=keep_input)
 
-# %% ../nbs/43_tiramisu.ipynb #a019b926
-_PAPER = "Jégou, Drozdzal, Vazquez, Romero & Bengio, The One Hundred Layers Tiramisu"
+# %% ../nbs/43_tiramisu.ipynb #19890f61
+_PAPER = ("Jégou, Drozdzal, Vazquez, Romero & Bengio, The One Hundred Layers Tiramisu", 2017, "1611.09326", 11, 3)
 _OURS = ("images in [0, 1] are shifted by 0.5 and divided by 0.25 inside",
          "batch norm uses running statistics at test; batch_statistics=True uses the batch's own, as the authors do")
-ENTRIES = {build.__name__: ModelEntry(build, ModelInfo(build.__name__, _PAPER, 2017, "1611.09326", 11, 3, n, printed, _OURS + more))
+ENTRIES = {build.__name__: ModelEntry(build, ModelInfo(build.__name__, *_PAPER, n, printed, _OURS + more))
            for build, n, printed, more in [
-               (fc_densenet56, 1_376_795, "1.5M", ("the paper prints 1.5M; its own tables give 1.4M, with or without running statistics",)),
+               (fc_densenet56, 1_376_795, "1.5M", ("the paper prints 1.5M; its own tables give 1.4M, running statistics or not",)),
                (fc_densenet67, 3_463_243, "3.5M", ()),
                (fc_densenet103, 9_322_091, "9.4M", ("one stack is 576 wide where table 2 prints 578; its own rule gives 576",))]}
