@@ -67,14 +67,14 @@ class PretrainedEncoder(nn.Module):
             raise ValueError(f"{type(self).__name__} has no pretrained encoder in its paper: pass encoder_weights=None")
         want = self.encoder.state_dict()
         found = {k.removeprefix("features."): v for k, v in state.items()}
-        missing = [k for k in want if k not in found]
+        missing = [k for k in want if k not in found and not k.endswith("num_batches_tracked")]  # older files lack this counter
         wrong = [k for k in want if k in found and found[k].shape != want[k].shape]
         if missing or wrong:
             k = (missing or wrong)[0]
             why = "is missing" if missing else f"has shape {tuple(found[k].shape)}, expected {tuple(want[k].shape)}"
             raise ValueError(f"{source} does not fit the encoder of {type(self).__name__}: tensor {k!r} {why} ({len(missing)} "
                              f"missing, {len(wrong)} of another shape). Expected torchvision's {self.imagenet}")
-        self.encoder.load_state_dict({k: found[k] for k in want})
+        self.encoder.load_state_dict({k: found[k] for k in want if k in found}, strict=False)
 
 # %% ../nbs/13_segmenter.ipynb #00e1d930
 class Segmenter(PretrainedEncoder):
