@@ -171,6 +171,7 @@ def _as_blocks(on: str | Iterable[Block], rows: int, columns: tuple[int, int]) -
                          "down and up")
     return on
 
+# %% ../nbs/44_gridnet.ipynb #055db27f
 class GridNet(_Modules):
     """GridNet (Fourure et al. 2017): `rows` resolutions with `width`, 2 width, ... channels, `columns` down and up.
 
