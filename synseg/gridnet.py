@@ -27,7 +27,8 @@ class Block(NamedTuple):
     def target(self) -> tuple[int, int]: return self.row, self.column
     @property
     def source(self) -> tuple[int, int]:
-        return {"down": (self.row - 1, self.column), "up": (self.row + 1, self.column)}.get(self.kind, (self.row, self.column - 1))
+        dr, dc = {"down": (-1, 0), "up": (1, 0)}.get(self.kind, (0, -1))
+        return self.row + dr, self.column + dc
 
 def grid_blocks(rows: int = 5, columns: tuple[int, int] = (3, 3)) -> list[Block]:
     "All blocks, in an order in which whatever enters a node comes before whatever leaves it; `columns` down, then up"
@@ -45,8 +46,9 @@ def _row(row: int, columns: tuple[int, int], *kinds: str) -> set[Block]:
 
 def fcn_paths(rows: int = 5, columns: tuple[int, int] = (3, 3)) -> frozenset[Block]:
     "Down the first column, along the bottom row, up the last column: convolution, then deconvolution, without a skip"
-    return frozenset(_row(rows - 1, columns, "stream", "residual")
-                     | {Block("down", r, 0) for r in range(1, rows)} | {Block("up", r, sum(columns) - 1) for r in range(rows - 1)})
+    last = sum(columns) - 1
+    edges = {Block("down", r, 0) for r in range(1, rows)} | {Block("up", r, last) for r in range(rows - 1)}
+    return frozenset(edges | _row(rows - 1, columns, "stream", "residual"))
 
 def unet_paths(rows: int = 5, columns: tuple[int, int] = (3, 3)) -> frozenset[Block]:
     "`fcn_paths`, and every row's stream as a bridge: skips that are added, where U-Net concatenates them"
