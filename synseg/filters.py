@@ -144,9 +144,7 @@ class PairwiseFilter:
         self._same, self._backward = normalization in ("none", "symmetric"), None
 
     @cached_property
-    def slices(self) -> list[tuple[slice, Rows]]:
-        "Slice, all kernels at once, in `pieces`"
-        return pieces(self.columns, torch.cat([k.outof for k in self.kernels], 1))
+    def slices(self) -> list[tuple[slice, Rows]]: return pieces(self.columns, torch.cat([k.outof for k in self.kernels], 1))
 
     @torch.no_grad()
     def vertices(self, q: Tensor, splats: list[Rows] | None = None, step: int = 1) -> Tensor:
@@ -165,10 +163,9 @@ class PairwiseFilter:
 
     def adjoint(self, q: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         "The transposed filter, same arguments: splat and slice change places and the blurs run backwards"
-        if self._backward is None and self._same: self._backward = [k.splat for k in self.kernels], self.slices
         if self._backward is None:
-            splats = [transposed(k.columns, k.outof, k.height) for k in self.kernels]
-            self._backward = splats, pieces(self.columns, torch.cat([k.into for k in self.kernels], 1))
+            cut = self.slices if self._same else pieces(self.columns, torch.cat([k.into for k in self.kernels], 1))
+            self._backward = [k.splat if self._same else transposed(k.columns, k.outof, k.height) for k in self.kernels], cut
         splats, slices = self._backward
         return read_vertices(slices, self.vertices(q, splats, -1), torch.empty_like(q) if out is None else out, bias)
 
