@@ -131,6 +131,7 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault("PYTHONPATH", str(ROOT))
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.pop("MPLBACKEND", None)  # the kernel's own, which shows figures
     failed = []
     for path in args.paths or sorted((ROOT / "nbs").glob("*.ipynb")):
         try:
