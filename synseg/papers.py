@@ -6,14 +6,14 @@
 __all__ = ['FRAME', 'TILES', 'SUMMED_RATE', 'VOC_PIXELS', 'ROWS', 'HELD_OUT', 'PAPERS', 'fcn_stages', 'deconvnet_stages',
            'tiramisu_stages', 'Row', 'smoke', 'cpu']
 
-# %% ../nbs/48_papers.ipynb #7247fc23
+# %% ../nbs/48_papers.ipynb #4d118ce0
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from .plans import Recipe, each, one, profiles, ranked, staged
 from .runs import Run
 
-# %% ../nbs/48_papers.ipynb #eb501497
+# %% ../nbs/48_papers.ipynb #ee332169
 FRAME = (360, 480)  # CamVid's
 TILES = dict(reference="pixel", scale=(1.0, 1.0), jitter=0.0)  # crops of the picture as it is, mirrored or not
 
@@ -29,14 +29,14 @@ def fcn_stages(run: Run, rate: float, epochs: int, names=("fcn32s", "fcn16s", "f
     stages = {n: replace(run, model=n, lr=rate * 0.01**i) for i, n in enumerate(names)}
     return _chain({n: replace(r, encoder_weights=None if i else "imagenet") for i, (n, r) in enumerate(stages.items())})
 
-# %% ../nbs/48_papers.ipynb #2cb1f460
+# %% ../nbs/48_papers.ipynb #d703865b
 SUMMED_RATE = 1e-10  # FCN's, of a loss that is a sum over pixels
 VOC_PIXELS = 500 * 375
 
 _VOC_FCN = fcn_stages(Run(data="voc2012_aug", size=(512, 512), eval_size=(512, 512)), SUMMED_RATE * VOC_PIXELS, epochs=10)
 _CAMVID_FCN = fcn_stages(Run(data="camvid", size=FRAME), SUMMED_RATE * FRAME[0] * FRAME[1], epochs=270)
 
-# %% ../nbs/48_papers.ipynb #09a39bda
+# %% ../nbs/48_papers.ipynb #39c8f43d
 _SEGNET = Run(model="segnet", data="camvid", size=FRAME, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=12,
               schedule="constant", class_weights="median", epochs=400, augment=TILES | dict(flip=0.0))  # length: ours
 
@@ -63,7 +63,7 @@ _GRIDNET = Run(model="gridnet", data="cityscapes", size=(400, 400), eval_size=(1
                weight_decay=0.0, batch_size=4, schedule="constant", class_weights=None, epochs=800,  # length: ours
                augment=TILES | dict(scale=(1.0, 2.5)))
 
-# %% ../nbs/48_papers.ipynb #7b55b37d
+# %% ../nbs/48_papers.ipynb #54349af3
 @dataclass(frozen=True)
 class Row:
     "A network of the part, and how it is trained"
@@ -91,7 +91,7 @@ def cpu(row: Row, hold_out: str | None = None) -> dict[str, Run]:
     "The paper's network on CamVid at 120x160, a fixed number of pictures"
     return _stages(row, Run(data="camvid", size=(120, 160), batch_size=4, hold_out=hold_out), images=row.images)
 
-# %% ../nbs/48_papers.ipynb #da68862e
+# %% ../nbs/48_papers.ipynb #cf3dd130
 def _tiramisu(model: str, images: int) -> Row: return Row(model, 12, images, 1e-3, frames=tiramisu_stages(model))
 
 _RESNET = Run(model="fcn_resnet50", data="camvid", size=FRAME, lr=1e-3, batch_size=8, epochs=300)  # no paper: the course's
@@ -106,7 +106,7 @@ ROWS: dict[str, Row] = {row.model: row for row in [
     Row("gridnet", 4, 5_100, 3e-3, frames={"run": replace(_GRIDNET, data="camvid", eval_size=FRAME, size=(352, 352))}),
 ]}
 
-# %% ../nbs/48_papers.ipynb #c860dbd0
+# %% ../nbs/48_papers.ipynb #fc32a59f
 HELD_OUT = "0001TP"  # dusk: no frame of it is trained on
 
 def _held_out(stages: Mapping[str, Run]) -> dict[str, Run]: return {n: replace(r, hold_out=HELD_OUT) for n, r in stages.items()}
@@ -124,7 +124,7 @@ def _hour(row: Row, data: str) -> dict[str, Run]:
     "The cpu size of a data set other than CamVid: the first pictures of it, short"
     return {n: replace(r, data=data, images=367) for n, r in cpu(row).items()}
 
-# %% ../nbs/48_papers.ipynb #32931a29
+# %% ../nbs/48_papers.ipynb #035b0e87
 _EQUAL = Run(domain="both", images=600, batch_size=8, epochs=5)
 
 def _side_by_side(run: Run, size: tuple[int, int] = (96, 128)) -> dict[str, Run]:
