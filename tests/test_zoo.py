@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from synseg.labels import label_space
 from synseg.zoo import (ModelCard, create_model, list_models, load_model, model_info, model_options, read_card, save_model)
 
-SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(width=2)}
+SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(width=2),
+         "segnet": dict(width=4), "segnet_basic": dict(width=4), "deconvnet": dict(width=2)}
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("name", list_models())
 def test_round_trip(name, tmp_path):
     model = create_model(name, 3, **SMALL.get(name, {})).train()
-    x = torch.rand(1, 3, 188, 204)
+    x = torch.rand(2, 3, 188, 204)
     with torch.no_grad(): model(x)  # moves the running statistics, which must be saved too
     again = load_model(save_model(model, tmp_path / "m.safetensors"))
     assert not again.training and again.card == model.card
