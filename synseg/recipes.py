@@ -92,6 +92,8 @@ def _windows(learners, profile, root) -> dict:
 _UNTRAINED = {"smoke": {}, "cpu": {}, "gpu": {}}
 _SMOKE = Run(images=64, size=(64, 96), epochs=2)
 _CAMVID = Run(data="camvid")
+_BORROWED = Run(data="camvid", model="unet", encoder="mobilenet_v2", size=(192, 256), eval_size=(288, 384), minutes=20, batch_size=4,
+                lr=1e-3, options={"decoder_width": [128, 64, 48, 32]}, augment={"scale": [1.0, 2.0]})  # crops; scored whole
 _ISBI = Run(data="isbi2012", in_channels=1, batch_size=4, lr=2e-3, split="train", valid="val", size=(256, 256), epochs=100,
             augment=dict(scale=(0.8, 1.25), reference="pixel", rotation=180, elastic=10, outside="mirror"))
 
@@ -110,6 +112,13 @@ _ALL = [
     Recipe("camvid_unet_small_holdout", "Trained without sequence 0001TP (dusk) and scored on it: val flatters, this does not.",
            profiles(_SMOKE, replace(_CAMVID, hold_out="0001TP", epochs=40),
                      replace(_CAMVID, hold_out="0001TP", size=(360, 480), epochs=500)), one, "camvid"),
+    *(Recipe(name, f"U-Net on MobileNetV2 {start}: the second CPU mark, CamVid's val after twenty minutes on two cores.",
+             profiles(replace(_SMOKE, model="unet", encoder="mobilenet_v2", options=_BORROWED.options, epochs=1),
+                      replace(_BORROWED, encoder_weights=weights),
+                      replace(_BORROWED, encoder_weights=weights, size=(288, 384), eval_size=(360, 480), minutes=None, epochs=200,
+                              batch_size=8)), one, "camvid")
+      for name, start, weights in [("camvid_unet_mobilenet_v2", "from ImageNet", "imagenet"),
+                                   ("camvid_unet_mobilenet_v2_random", "from random weights", None)]),
     Recipe("isbi2012_unet_small", "U-Net's first task: membranes in electron micrographs, slices 0-23 to train, 24-29 to score.",
            profiles(replace(_SMOKE, in_channels=1), _ISBI,
                      replace(_ISBI, model="unet", options={"norm": True}, lr=3e-4, size=(512, 512), epochs=1000)), one, "isbi2012"),
