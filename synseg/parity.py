@@ -6,7 +6,7 @@
 __all__ = ['SIZE', 'ORACLES', 'Stage', 'stages', 'Facts', 'facts', 'Sheet', 'printed_count', 'counted', 'carry', 'by_name',
            'stirred', 'Oracle', 'Parity', 'compare', 'reference_count', 'work_by_scale']
 
-# %% ../nbs/46_parity.ipynb #b74faf99
+# %% ../nbs/46_parity.ipynb #4dadf8f3
 import html, importlib.util, math, re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,14 +15,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .backbone import create_encoder
+from .backbone import create_encoder, he_fan_out_
 from .check import count_parameters
 from .conv import Costs, multiply_adds
+from .fcn import pool_ladder
 from .segmenter import Segmenter
 from .segnet import encode
 from .zoo import create_model, list_models, model_info
 
-# %% ../nbs/46_parity.ipynb #4b922d07
+# %% ../nbs/46_parity.ipynb #695b97aa
 SIZE = (360, 480)  # height and width at which multiply-adds are counted: CamVid's
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def stages(costs: Costs) -> list[Stage]:
     return [Stage(tuple(g[-1].output[-2:]), g[-1].output[1], sum("Conv" in r.kind for r in g), sum(r.parameters for r in g),
                   sum(r.multiply_adds for r in g)) for g in groups]
 
-# %% ../nbs/46_parity.ipynb #e50b9560
+# %% ../nbs/46_parity.ipynb #c4af8fb6
 @dataclass(frozen=True)
 class Facts:
     "What can be said of a network without running it"
@@ -72,13 +73,15 @@ def facts(name: str, size: tuple[int, int] = SIZE, **options) -> Facts:
     return Facts(name, info.classes, info.in_channels, count_parameters(model), info.published, size, costs.multiply_adds,
                  tuple(stages(costs)), info.deviations)
 
-# %% ../nbs/46_parity.ipynb #ddf47a05
+# %% ../nbs/46_parity.ipynb #840a02b9
 class Sheet:
     "A small table: text in a terminal, HTML in a notebook. Numbers go right, None is a dash"
     def __init__(self, header: Sequence[str], rows: Sequence[Sequence]):
         self.header, self.rows = tuple(header), [tuple(r) for r in rows]
 
-    def _text(self): return [["–" if v is None else f"{v:,}" if isinstance(v, int) else str(v) for v in row] for row in self.rows]
+    def _text(self):
+        text = lambda v: "–" if v is None else f"{v:,}" if isinstance(v, int) else str(v)
+        return [[text(v) for v in row] for row in self.rows]
 
     def _right(self):
         number = lambda v: v is None or isinstance(v, (int, float)) or re.match(r"[\d.,]+( |$|%)", str(v))
@@ -96,7 +99,7 @@ class Sheet:
         body = "".join(line(r, "td") for r in self._text())
         return f"<table><thead>{line(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
 
-# %% ../nbs/46_parity.ipynb #50d01950
+# %% ../nbs/46_parity.ipynb #f7c5eb44
 def printed_count(text: str | None) -> float | None:
     "'134M', 'about 1.5 million' or '31,030,658' as a number; None for anything else, as a count of one part only"
     found = re.fullmatch(r"(?:about |≈)?(\d[\d,]*\.?\d*)\s*(M|million|k)?", text or "")
@@ -108,19 +111,19 @@ def counted(pages: Sequence[Facts]) -> Sheet:
                      f"{p.size[0]}x{p.size[1]}")
     return Sheet(["network", "classes", "parameters", "printed", "a library's", "multiply-adds", "of a picture"], map(row, pages))
 
-# %% ../nbs/46_parity.ipynb #e36d7842
+# %% ../nbs/46_parity.ipynb #4f7acd9a
 def carry(source: nn.Module, target: nn.Module, state: Callable[[nn.Module, nn.Module], dict] | None = None) -> int:
     """Copy all tensors of `source` into `target`, in order, or as `state(source, target)` names them; returns how many.
 
     ValueError where one is left over, or where two that are paired have different shapes."""
     theirs, ours = source.state_dict(), target.state_dict()
     if not state and len(theirs) != len(ours):
-        raise ValueError(f"{len(theirs)} tensors do not fill the {len(ours)} of {type(target).__name__}: layers are missing or too many")
+        raise ValueError(f"{len(theirs)} tensors do not fill the {len(ours)} of {type(target).__name__}: layers are missing")
     found = state(source, target) if state else dict(zip(ours, theirs.values()))
     for key, value in ours.items():
         if key not in found or found[key].shape != value.shape:
             shape = tuple(found[key].shape) if key in found else "nothing"
-            raise ValueError(f"{shape} does not fit {key} {tuple(value.shape)}: the two networks differ there, or their order does")
+            raise ValueError(f"{shape} does not fit {key} {tuple(value.shape)}: networks or the order of tensors differ there")
     target.load_state_dict(found)
     return len(found)
 
@@ -138,7 +141,7 @@ def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
             for t, low, high in ranges: t.copy_(low + (high - low) * torch.rand(t.shape, generator=g))
     return model.eval()
 
-# %% ../nbs/46_parity.ipynb #ba684660
+# %% ../nbs/46_parity.ipynb #15104c56
 @dataclass(frozen=True)
 class Oracle:
     "An implementation that others trust, beside ours"
@@ -174,7 +177,7 @@ def compare(oracle: Oracle, size: tuple[int, int] = (96, 128), seed: int = 0) ->
     difference = ((got - want).abs().max() / want.abs().max()).item()
     return Parity(oracle.name, oracle.library, tensors, count_parameters(theirs), difference)
 
-# %% ../nbs/46_parity.ipynb #b12107ca
+# %% ../nbs/46_parity.ipynb #182963c4
 _SMP = "segmentation_models_pytorch"
 
 def _torchvision(name: str, **options) -> nn.Module:
@@ -186,9 +189,10 @@ class _Trunk(nn.Module):
     "A classifier of torchvision without its last pooling and its head"
     def __init__(self, name: str):
         super().__init__()
-        net = _torchvision(name)
+        with torch.device("meta"): net = _torchvision(name)  # its head is large and not wanted
         for key, child in getattr(net, "features", net).named_children():
             if key not in ("avgpool", "fc"): self.add_module(key, child)
+        he_fan_out_(self.to_empty(device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         for child in self.children(): x = child(x)
@@ -200,7 +204,7 @@ def _timm_xception() -> nn.Module:
     net.head, net.act = nn.Identity(), nn.Identity()  # what stands before the head is no part of the trunk
     return net
 
-# %% ../nbs/46_parity.ipynb #cad2702c
+# %% ../nbs/46_parity.ipynb #5b3d0f5c
 def _smp_unet(encoder: str, classes: int = 11) -> nn.Module:
     import segmentation_models_pytorch as smp
     return smp.Unet(encoder, encoder_weights=None, classes=classes)
@@ -225,9 +229,12 @@ ORACLES: list[Oracle] = [
            answer=lambda encoder, x: encode(encoder, x)[0]),
     *(Oracle(f"unet on {n}", _SMP, partial(_smp_unet, n), partial(create_model, "unet", 11, encoder=n), _smp_state)
       for n in ("resnet18", "resnet50", "mobilenet_v2")),
+    Oracle("fcn8s's encoder", "torchvision", partial(_Trunk, "vgg16"), partial(pool_ladder, "vgg16", 3, None, 1), answer=_last),
+    *(Oracle(n, "torchvision", partial(_torchvision, n, num_classes=21, aux_loss=False), partial(create_model, n, 21), whole=n,
+             reply=lambda model, x: model(x)["out"]) for n in ("fcn_resnet50", "fcn_resnet101")),
 ]
 
-# %% ../nbs/46_parity.ipynb #3ed0b37f
+# %% ../nbs/46_parity.ipynb #cf39bb26
 def reference_count(name: str) -> int | None:
     "Parameters of another implementation of the whole network at the paper's classes, where one is installed"
     for oracle in ORACLES:
@@ -235,7 +242,7 @@ def reference_count(name: str) -> int | None:
             with torch.device("meta"): return count_parameters(oracle.theirs())
     return None
 
-# %% ../nbs/46_parity.ipynb #0dc969ca
+# %% ../nbs/46_parity.ipynb #826f5b94
 def work_by_scale(page: Facts) -> dict[int, float]:
     "Share of a network's multiply-adds at each scale: 1 for maps as large as its largest, 2 for half as high, ..."
     tallest, shares = max(s.size[0] for s in page.stages), {}
