@@ -56,8 +56,9 @@ def enlarge(z: Tensor, factor: int, offset: int, size: tuple[int, int]) -> Tenso
     """FCN's last deconvolution, kernel 2 factor, stride factor, bilinear and fixed, then cropped, as two matrix products.
 
     In single precision also under autocast. Outside the outermost cells' middles its values fade towards zero, as there."""
-    if torch.is_autocast_enabled(z.device.type):
-        with torch.autocast(z.device.type, enabled=False): return enlarge(z.float(), factor, offset, size)
+    kind = z.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False): return enlarge(z.float(), factor, offset, size)
     rows, columns = (tents(n, factor, offset, m, z) for n, m in zip(z.shape[-2:], size))
     return rows @ z @ columns.T
 
