@@ -6,7 +6,7 @@
 __all__ = ['ENTRIES', 'TransitionDown', 'TransitionUp', 'he_uniform', 'BatchStatisticsNorm', 'frozen_statistics', 'recomputed',
            'LeanDenseBlock', 'FCDenseNet', 'fc_densenet56', 'fc_densenet67', 'fc_densenet103']
 
-# %% ../nbs/43_tiramisu.ipynb #42244f05
+# %% ../nbs/43_tiramisu.ipynb #4792b0de
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,7 +20,7 @@ from .blocks import DenseBlock, Maker
 from .segmenter import ModelEntry, ModelInfo, Segmenter
 from .unet import crop_like
 
-# %% ../nbs/43_tiramisu.ipynb #30c51acb
+# %% ../nbs/43_tiramisu.ipynb #ddc12a82
 class TransitionDown(nn.Sequential):
     "Norm, ReLU, 1x1 of the same width, dropout, 2x2 max pooling: (N, C, H, W) -> (N, C, H // 2, W // 2) (table 1)"
     def __init__(self, channels: int, dropout: float = 0.2, norm: Maker = nn.BatchNorm2d):
@@ -34,7 +34,7 @@ class TransitionUp(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor: return torch.cat(crop_like(self.up(x), skip), 1)
 
-# %% ../nbs/43_tiramisu.ipynb #bbd923c8
+# %% ../nbs/43_tiramisu.ipynb #4ad115c8
 def he_uniform(net: nn.Module) -> None:
     "Weights from U(-b, b), b = sqrt(6 / n), n a weight's size beyond its first axis; biases 0 (the authors' HeUniform)"
     for m in net.modules():
@@ -42,7 +42,7 @@ def he_uniform(net: nn.Module) -> None:
         nn.init.kaiming_uniform_(m.weight, nonlinearity="relu")
         if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../nbs/43_tiramisu.ipynb #75e3f413
+# %% ../nbs/43_tiramisu.ipynb #70fa752d
 class BatchStatisticsNorm(nn.BatchNorm2d):
     """Batch norm with the mean and variance of the batch at hand in eval mode too: an image's result depends on its neighbours.
 
@@ -51,7 +51,7 @@ class BatchStatisticsNorm(nn.BatchNorm2d):
         if self.training: return super().forward(x)
         return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
-# %% ../nbs/43_tiramisu.ipynb #7c8b78ca
+# %% ../nbs/43_tiramisu.ipynb #4859b89c
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     "Inside, the batch norms of `module` update copies of their running statistics; afterwards they have the old ones again"
@@ -78,7 +78,7 @@ class LeanDenseBlock(DenseBlock):
         for layer in self: maps.append(recomputed(layer, *maps))
         return torch.cat(maps if self.keep_input else maps[1:], 1)
 
-# %% ../nbs/43_tiramisu.ipynb #d4cace4d
+# %% ../nbs/43_tiramisu.ipynb #45a25abe
 def _way_down(width: int, layers: Sequence[int], block: Maker, dropout: float, norm: Maker):
     "Blocks, the transition behind each, and the width of each stack"
     blocks, pools, widths = nn.ModuleList(), nn.ModuleList(), []
@@ -98,7 +98,7 @@ def _way_up(width: int, skips: Sequence[int], layers: Sequence[int], block: Make
         width = blocks[-1].out_channels
     return grow, blocks, width
 
-# %% ../nbs/43_tiramisu.ipynb #9064a765
+# %% ../nbs/43_tiramisu.ipynb #d1b9c325
 class FCDenseNet(Segmenter):
     """FC-DenseNet (Jégou et al. 2017, tables 1 and 2) for any size: `layers` for each block down, at the bottom, and up.
 
@@ -131,7 +131,7 @@ class FCDenseNet(Segmenter):
         for grow, block in zip(self.grow, self.up): x = block(grow(x, skips.pop()))
         return self.score(x)
 
-# %% ../nbs/43_tiramisu.ipynb #8a7bf6d4
+# %% ../nbs/43_tiramisu.ipynb #69087cda
 def _growth(growth: int | None, paper: int, width: int) -> int:
     "The growth asked for, else the paper's in proportion to the width"
     return max(1, round(paper * width / 48)) if growth is None else growth
@@ -155,7 +155,7 @@ def fc_densenet103(num_classes: int, in_channels: int = 3, *, width: int = 48, g
                       growth=_growth(growth, 16, width), dropout=dropout, batch_statistics=batch_statistics,
                       checkpoint=checkpoint, keep_input=keep_input)
 
-# %% ../nbs/43_tiramisu.ipynb #19890f61
+# %% ../nbs/43_tiramisu.ipynb #3ca8fd1f
 _PAPER = ("Jégou, Drozdzal, Vazquez, Romero & Bengio, The One Hundred Layers Tiramisu", 2017, "1611.09326", 11, 3)
 _OURS = ("images in [0, 1] are shifted by 0.5 and divided by 0.25 inside",
          "batch norm uses running statistics at test; batch_statistics=True uses the batch's own, as the authors do")
