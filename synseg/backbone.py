@@ -21,7 +21,7 @@ from .check import trace
 
 # %% ../nbs/40_backbone.ipynb #72175e41
 class PhasePool(nn.MaxPool2d):
-    "Max pooling by an even kernel at stride 1: (N, C, H, W) -> the same shape; windows that hang over at the right and below are cut"
+    "Max pooling by an even kernel at stride 1: (N, C, H, W) -> the same shape; windows are cut at the right and below"
     def forward(self, x: Tensor) -> Tensor:
         more = (self.kernel_size - 1) * self.dilation
         return F.max_pool2d(F.pad(x, (0, more, 0, more), value=-torch.inf), self.kernel_size, 1, dilation=self.dilation)
@@ -64,11 +64,12 @@ def dilate_(net: nn.Module,  # convolutions and max pools, from an image to any 
         windowed = isinstance(layer, (nn.Conv2d, nn.MaxPool2d))
         before, after = _pixels_per_step(row)
         if max(before, after) <= output_stride or not windowed and before == after: continue
-        if not windowed: raise ValueError(f"{row.module} is a {type(layer).__name__}; only convolutions and max pools can lose a stride")
+        if not windowed:
+            raise ValueError(f"{row.module} is a {type(layer).__name__}; only convolutions and max pools can lose a stride")
         stride = min(after, output_stride) // min(before, output_stride)
         parent, _, leaf = row.module.rpartition(".")
         setattr(net.get_submodule(parent), leaf, _spread(layer, stride, max(1, before // output_stride), row.module))
-    if isinstance(net, Encoder): net.strides = tuple(min(s, output_stride) for s in net.strides)
+    if hasattr(net, "strides"): net.strides = tuple(min(s, output_stride) for s in net.strides)
     return net
 
 # %% ../nbs/40_backbone.ipynb #50720542
@@ -143,8 +144,9 @@ class XceptionFlow(nn.ModuleList):
 
 # %% ../nbs/40_backbone.ipynb #6b6a5dcd
 def xception65_layers() -> dict[str, nn.Module]:
-    "Aligned Xception-65: 32 and 64 by 3x3, entry flow of 3 blocks, middle flow of 16, exit flow of 2 (Chen et al. 2018, figure 4)"
-    stem = [nn.Sequential(OrderedDict(conv=nn.Conv2d(a, b, 3, s, 1, bias=False), bn=nn.BatchNorm2d(b, eps=1e-3), act=nn.ReLU(inplace=True)))
+    "Aligned Xception-65: two 3x3 convolutions, entry flow of 3 blocks, middle of 16, exit of 2 (Chen et al. 2018, figure 4)"
+    norm = lambda c: nn.BatchNorm2d(c, eps=1e-3)
+    stem = [nn.Sequential(OrderedDict(conv=nn.Conv2d(a, b, 3, s, 1, bias=False), bn=norm(b), act=nn.ReLU(inplace=True)))
             for a, b, s in ((3, 32, 2), (32, 64, 1))]
     entry = [XceptionBlock(a, (b, b, b), 2) for a, b in ((64, 128), (128, 256), (256, 728))]
     middle = [XceptionBlock(728, (728, 728, 728)) for _ in range(16)]
@@ -152,7 +154,8 @@ def xception65_layers() -> dict[str, nn.Module]:
     return dict(stem=nn.Sequential(*stem), blocks=XceptionFlow(entry + middle + leave))
 
 # %% ../nbs/40_backbone.ipynb #8a26cd87
-_TORCHVISION = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
+_TORCHVISION = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn",
+                "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")
 
 def encoder_names() -> list[str]:
     "Names that `create_encoder` knows"
@@ -180,7 +183,7 @@ def _refit(net: nn.Module, in_channels: int, width: int | None) -> None:
         setattr(net.get_submodule(parent), leaf, m)
 
 def he_fan_out_(net: nn.Module) -> nn.Module:
-    "Normal weights of variance 2 / (k^2 c_out / groups), biases 0, norms as new (He et al. 2015, equation 14; torchvision forgets groups)"
+    "Normal weights of variance 2 groups / (k^2 c_out), biases 0, norms as new: He et al. 2015, eq. 14 (torchvision omits groups)"
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.normal_(m.weight, std=(2 / (m.weight[0, 0].numel() * m.out_channels / m.groups))**0.5)
@@ -192,7 +195,7 @@ def he_fan_out_(net: nn.Module) -> nn.Module:
 def create_encoder(name: str,  # one of encoder_names()
                    in_channels: int = 3,
                    output_stride: int = 32,  # 8, 16 or 32: image pixels per step of the coarsest map
-                   width: int | None = None,  # channels of the first convolution; the paper's (64; MobileNetV2 and Xception 32) by default
+                   width: int | None = None,  # channels of the first convolution; default 64, MobileNetV2 and Xception 32
                   ) -> Encoder:  # with random weights
     "The trunk of a classifier as a ladder of maps, see `Encoder`; ValueError for an unknown name or an impossible number"
     if name not in encoder_names(): raise ValueError(f"no encoder is called {name!r}. Known: {', '.join(encoder_names())}")
@@ -209,6 +212,19 @@ def create_encoder(name: str,  # one of encoder_names()
     return he_fan_out_(encoder.to_empty(device=device))
 
 # %% ../nbs/40_backbone.ipynb #326ee497
+def _inception_state(weights: str | Path) -> dict[str, Tensor]:
+    "Tensors of torchvision's file or of one at a path, without classifiers"
+    known, path = models.Inception_V3_Weights.IMAGENET1K_V1, Path(weights)
+    if weights == "imagenet":
+        try: state = known.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error: raise FileNotFoundError(
+            f"could not download {known.url} ({error}). Fetch it elsewhere and pass its path as weights=, or None") from error
+    elif not path.is_file(): raise FileNotFoundError(f"no weights at {path}: pass 'imagenet', None, or the path of a file")
+    elif path.suffix == ".safetensors": state = load_file(path)
+    else: state = torch.load(path, map_location="cpu", weights_only=True)
+    return {k: v for k, v in state.items() if not k.startswith(("AuxLogits.", "fc."))}
+
+# %% ../nbs/40_backbone.ipynb #6b604751
 class InceptionFeatures(nn.Module):
     """torchvision's Inception-v3 without its classifier: (N, 3, H, W) in [0, 1] -> (N, 2048); always in eval mode, frozen.
 
@@ -218,22 +234,13 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         net = models.inception_v3(weights=None, aux_logits=False, init_weights=False)
         net.fc = nn.Identity()
-        if weights is None: he_fan_out_(net)
-        else: self._load(net, weights)
+        he_fan_out_(net)
+        if weights is not None:
+            try: net.load_state_dict(_inception_state(weights))
+            except RuntimeError as error:
+                raise ValueError(f"{weights} does not fit torchvision's inception_v3: {error}") from error
         self.net, self.name = net.requires_grad_(False), f"torchvision Inception-v3 ({weights or 'random weights'})"
         self.train(False)
-
-    @staticmethod
-    def _load(net: nn.Module, weights: str | Path) -> None:
-        known, path = models.Inception_V3_Weights.IMAGENET1K_V1, Path(weights)
-        if weights == "imagenet":
-            try: state = known.get_state_dict(progress=False, check_hash=True)
-            except (OSError, RuntimeError) as error: raise FileNotFoundError(
-                f"could not download {known.url} ({error}). Fetch it elsewhere and pass its path as weights=, or None") from error
-        elif not path.is_file(): raise FileNotFoundError(f"no weights at {path}: pass 'imagenet', None, or the path of a file")
-        else: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-        try: net.load_state_dict({k: v for k, v in state.items() if not k.startswith(("AuxLogits.", "fc."))})
-        except RuntimeError as error: raise ValueError(f"{weights} does not fit torchvision's inception_v3: {error}") from error
 
     def train(self, mode: bool = True) -> nn.Module: return super().train(False)
 
