@@ -30,6 +30,7 @@ def models(name: Annotated[Optional[str], typer.Argument(help="one model, to rea
     Example:
       synseg models unet_small
     """
+    from synseg.parity import facts
     from synseg.zoo import list_models, model_info, model_options
     if name is None:
         for info in map(model_info, list_models()):
@@ -39,6 +40,9 @@ def models(name: Annotated[Optional[str], typer.Argument(help="one model, to rea
     typer.echo(f"{info.name}\n  paper       {info.paper} ({info.year})" + (f", arXiv {info.arxiv}" if info.arxiv else ""))
     typer.echo(f"  parameters  {info.parameters:,} at {info.in_channels} channels and {info.classes} classes"
                + (f"; published: {info.published}" if info.published else ""))
+    page = facts(name)
+    typer.echo(f"  work        {page.multiply_adds / 1e9:.1f} G multiply-adds for {page.size[0]}x{page.size[1]}")
+    typer.echo("  way         " + " > ".join(map(str, page.stages if len(page.stages) < 20 else (*page.stages[:9], "...", *page.stages[-9:]))))
     typer.echo("  options     " + (", ".join(f"{k}={v!r}" for k, v in model_options(name).items()) or "none"))
     for text in info.deviations: typer.echo(f"  differs     {text}")
 

@@ -22,6 +22,7 @@ from .datasets import load_dataset
 from .dense_crf import DenseCRF
 from .labels import label_space
 from .metrics import ConfusionMatrix
+from .papers import PAPERS
 from .plans import Recipe, best, cost, each, one, profiles
 from .runs import LOSSES, VALID_SEED, Run, scenes
 from .scenes import Scenes
@@ -131,7 +132,7 @@ _ALL = [
             dict(smoke=replace(_SMOKE, epochs=1), cpu=Run(epochs=8), gpu=Run(images=20_000, size=(240, 320), epochs=20)).items()},
            each),
 ]
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL} | PAPERS
 
 # %% ../nbs/90_recipes.ipynb #cc7e8005
 def recipe(name: str) -> Recipe:
