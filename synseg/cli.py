@@ -30,6 +30,7 @@ def models(name: Annotated[Optional[str], typer.Argument(help="one model, to rea
     Example:
       synseg models unet_small
     """
+    from synseg.parity import facts
     from synseg.zoo import list_models, model_info, model_options
     if name is None:
         for info in map(model_info, list_models()):
@@ -39,6 +40,9 @@ def models(name: Annotated[Optional[str], typer.Argument(help="one model, to rea
     typer.echo(f"{info.name}\n  paper       {info.paper} ({info.year})" + (f", arXiv {info.arxiv}" if info.arxiv else ""))
     typer.echo(f"  parameters  {info.parameters:,} at {info.in_channels} channels and {info.classes} classes"
                + (f"; published: {info.published}" if info.published else ""))
+    page = facts(name)
+    typer.echo(f"  work        {page.multiply_adds / 1e9:.1f} G multiply-adds for {page.size[0]}x{page.size[1]}")
+    typer.echo("  way         " + " > ".join(map(str, page.stages if len(page.stages) < 20 else (*page.stages[:9], "...", *page.stages[-9:]))))
     typer.echo("  options     " + (", ".join(f"{k}={v!r}" for k, v in model_options(name).items()) or "none"))
     for text in info.deviations: typer.echo(f"  differs     {text}")
 
@@ -56,6 +60,8 @@ def train(
     minutes: Annotated[Optional[float], typer.Option(help="stop after this much time; the schedule fits itself to it")] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="default: 4 on a CPU, 8 on a GPU")] = None, lr: float = 3e-3, weight_decay: float = 1e-2, seed: int = 0,
     loss: Annotated[str, typer.Option(help="cross_entropy, focal, dice or lovasz")] = "cross_entropy",
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or rmsprop")] = "adamw",
+    schedule: Annotated[str, typer.Option(help="of the rate: cosine, poly, exponential, step or constant")] = "cosine",
     ema: Annotated[float, typer.Option(help="decay of averaged weights; 0: none")] = 0.0,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto", encoder: Optional[str] = None,
     weights: Annotated[Optional[str], typer.Option(help="start from 'scenes' or a .safetensors file")] = None,
@@ -76,7 +82,7 @@ def train(
     settings = runs.Run(
         model=model, data=data, domain=domain, images=images, size=parse_size(size), epochs=epochs, minutes=minutes, loss=loss,
         batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, ema=ema, precision=precision, weights=weights,
-        encoder=encoder, encoder_weights=encoder_weights, options=parse_options(option))
+        encoder=encoder, encoder_weights=encoder_weights, optimizer=optimizer, schedule=schedule, options=parse_options(option))
     try: learner = runs.train(settings, out, root, resume, workers=workers, tensorboard=tensorboard)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}\nGo on with: synseg train --out {out} --resume") from None

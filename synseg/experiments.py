@@ -49,15 +49,17 @@ def recipe_run(
     data_root: Annotated[Optional[Path], typer.Option(help="folder of the data set that the recipe needs")] = None,
     out: Annotated[Path, typer.Option(help="the trainings go to OUT/NAME/PROFILE")] = Path("runs"),
     record: Annotated[Optional[Path], typer.Option(help="also write the result to RECORD/NAME.json")] = None,
+    encoder_weights: Annotated[Optional[Path], typer.Option(help="file for the runs that start from ImageNet, where there is no network")] = None,
 ):
     """Run an experiment, or go on with it where it was stopped, and print its figures as JSON.
 
     \b
     Example:
       synseg recipe run scenes_domain_gap --profile cpu --out runs --record results
+      synseg recipe run camvid_fcn8s --profile cpu --data-root data/camvid --encoder-weights vgg16-397923af.pth
     """
     from synseg.recipes import recipe
-    try: metrics = recipe(name).run(profile, data_root, out, record)
+    try: metrics = recipe(name).run(profile, data_root, out, record, encoder_weights)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}\nThe same command goes on where this stopped.") from None
     typer.echo(json.dumps(metrics, indent=1))

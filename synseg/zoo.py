@@ -96,6 +96,7 @@ def create_model(name: str,  # one of list_models()
         model = entry.build(num_classes, in_channels, **options)  # the only choice is built in
     else:
         model = entry.build(num_classes, in_channels, **given)
+    given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}  # as JSON gives them back
     model.card = ModelCard(name, num_classes, in_channels, given)
     if encoder_weights is not None and weights is None:
         state, source = _encoder_state(model, encoder_weights)

@@ -16,9 +16,10 @@ FLOOR = dict(
     fcn=7, segnet=7, tiramisu=7, gridnet=7, pretrained=7,
     zoo=8,
     train=9, inference=9, crf_fit=9,
+    optimizers=6,
     runs=10, doctor=10, notebooks=10, console=10, benchmark=10,
-    recipes=11, browse=11, experiments=12,
-    cli=13,
+    plans=11, browse=11, parity=11, papers=12, recipes=13, experiments=14, leaderboard=14,
+    cli=15,
 )
 NETWORKS = {"segmenter", "conv", "upsample", "dilate", "blocks", "backbone", "unet", "fcn", "segnet", "tiramisu", "gridnet",
             "pretrained", "zoo"}

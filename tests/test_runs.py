@@ -151,3 +151,93 @@ def test_chosen_keeps_names_and_space():
         def __getitem__(self, i): return self.names[i]
     chosen = Chosen([(Data(), 2), (Data(), 0)])
     assert chosen.names == ["r", "p"] and chosen[0] == "r" and chosen.raw(1) == (0, 0) and len(chosen) == 2
+
+
+def test_old_records_are_read(tmp_path):
+    "A run.json written before there were optimisers to choose"
+    old = dict(model="unet_small", data="scenes", epochs=2, size=[64, 64], lr=3e-3, weight_decay=1e-2, seed=0, loss="cross_entropy", gone=1)
+    (tmp_path / "run.json").write_text(json.dumps(dict(run=old, root=None)))
+    run = read_run(tmp_path)[0]
+    assert (run.optimizer, run.schedule, run.class_weights, run.start, run.clip) == ("adamw", "cosine", "sqrt", None, None)
+
+
+@pytest.mark.parametrize("bad", [dict(optimizer="lion"), dict(schedule="linear"), dict(class_weights="cube"), dict(momentum=1), dict(clip=0),
+                                 dict(optimizer="sgd", optimizer_options=dict(betas=(0.9, 0.99))), dict(eval_size=(20, 20)),
+                                 dict(schedule="poly", schedule_options=dict(power=-1)), dict(schedule_options=dict(at=[0.5]))])
+def test_impossible_optimisers_are_refused(bad):
+    with pytest.raises(ValueError):
+        Run(**bad)
+
+
+PAPERS = [dict(optimizer="sgd", lr=0.05, optimizer_options=dict(nesterov=True), schedule="poly", class_weights="median"),
+          dict(optimizer="rmsprop", optimizer_options=dict(alpha=0.9, eps=1e-3), schedule="exponential", schedule_options=dict(end=0.3)),
+          dict(optimizer="adam", schedule="constant", clip=1.0, class_weights=None)]
+
+
+@pytest.mark.parametrize("settings", PAPERS, ids=lambda s: s["optimizer"])
+def test_papers_optimisers_resume_to_the_bit(tmp_path, settings):
+    "Killed in the second epoch and taken up again, a run ends in the weights it would have had"
+    from synseg.callbacks import Callback
+    from synseg.runstate import Interrupted
+
+    class Kill(Callback):
+        def on_step(self, learner):
+            if learner.progress.step == 4:
+                learner._request.number = 2
+
+    run = Run(images=12, size=(64, 64), epochs=2, batch_size=4, **settings)
+    whole = train(run, tmp_path / "whole", progress=False)
+    with pytest.raises(Interrupted):
+        train(run, tmp_path / "parts", progress=False, callbacks=[Kill()])
+    parts = train(run, tmp_path / "parts", resume=True, progress=False)
+    for (k, a), b in zip(whole.model.state_dict().items(), parts.model.state_dict().values()):
+        assert torch.equal(a, b), k
+    assert [r["lr"] for r in whole.history] == [r["lr"] for r in parts.history]
+
+
+def test_a_stage_starts_where_the_last_one_ended(tmp_path):
+    from synseg.runs import take_over
+    from synseg.zoo import create_model
+    first = train(TINY, tmp_path / "crops", progress=False)
+    stage = Run(images=12, size=(64, 64), eval_size=(96, 128), epochs=1, batch_size=4, lr=1e-4, start="crops")
+    second = train(stage, tmp_path / "whole", progress=False)
+    assert second.eval_size == (96, 128)
+    moved = [(a - b).abs().max() for a, b in zip(first.model.parameters(), second.model.parameters())]
+    assert 0 < max(moved) < 2e-3  # three steps of 1e-4 from there, nothing like a fresh start
+    (tmp_path / "crops" / "last.safetensors").unlink()
+    train(stage, tmp_path / "whole", resume=True, progress=False)  # a run that has begun does not look back
+    with pytest.raises(FileNotFoundError, match="train that run first"):
+        train(stage, tmp_path / "other", progress=False)
+    file = tmp_path / "crops" / "model.safetensors"
+    assert take_over(create_model("unet_small", 11), file) == []
+    assert take_over(create_model("unet_small", 7), file) == ["score.weight", "score.bias"]
+    with pytest.raises(ValueError, match="by name and shape"):
+        take_over(create_model("unet_small", 11, width=24), file)
+
+
+def test_median_weights_of_camvid_are_segnets(data_root):
+    "SegNet's published weights. Theirs have void as a twelfth class in the median; their sign's, 9.6, these labels do not give"
+    from synseg.datasets import class_frequencies
+    from synseg.losses import median_frequency_weights
+    published = [.2595, .1826, 4.5640, .1417, .9051, .3826, 9.6446, 1.8418, .6823, 6.2478, 7.3614]
+    ours = median_frequency_weights(*class_frequencies(training_set(Run(data="camvid"), data_root("camvid"))))
+    same = [i for i, name in enumerate(label_space("camvid").names) if name != "SignSymbol"]
+    torch.testing.assert_close(ours[same], torch.tensor(published)[same], rtol=0.21, atol=0)
+
+
+def test_encoder_weights_of_a_recipe(tmp_path):
+    from dataclasses import replace
+    from synseg.zoo import create_model
+    state = create_model("ternausnet", 11).encoder.state_dict()
+    torch.save({f"features.{k}": v for k, v in state.items()}, tmp_path / "vgg11.pth")
+    run = replace(TINY, model="ternausnet", encoder_weights="imagenet", images=4, epochs=1)
+    small = replace(recipe("unet_losses"), name="pretrained", profiles={"cpu": {"a": replace(run, lr=1e-9)}})
+    small.run("cpu", out=tmp_path, record=tmp_path / "results", encoder_weights=tmp_path / "vgg11.pth", progress=False)
+    saved = torch.load(tmp_path / "pretrained/cpu/a/state.pt", weights_only=True)["model"]
+    torch.testing.assert_close(saved["encoder.0.weight"], state["0.weight"], atol=1e-6, rtol=0)
+    record = json.loads((tmp_path / "results" / "pretrained.json").read_text())
+    assert record["config"]["runs"]["a"]["encoder_weights"] == "vgg11.pth"  # the file, not the folder of one machine
+    (tmp_path / "vgg11.pth").unlink()
+    small.run("cpu", out=tmp_path, progress=False, encoder_weights=tmp_path / "vgg11.pth")  # done: the file is no longer needed
+    with pytest.raises(ValueError, match="starts from ImageNet"):
+        recipe("unet_losses").run("cpu", encoder_weights="vgg11.pth", out=tmp_path)

@@ -57,7 +57,7 @@ def test_card(saved):
     (("unet_smal", 5), {}, "did you mean 'unet_small'"), (("resnet", 5), {}, "Known: unet"), (("", 5), {}, "Known"), ((None, 5), {}, "Known"),
     (("unet", 0), {}, "at least 1"), (("unet", -3), {}, "at least 1"), (("unet", 2.0), {}, "whole number"), (("unet", "21"), {}, "whole number"),
     (("unet", 5, 0), {}, "in_channels"), (("unet", 5), dict(widht=8), "width=64"), (("ternausnet", 5), dict(width=8), "none"),
-    (("unet", 5), dict(encoder="resnet18"), "no choice of encoder"), (("ternausnet", 5), dict(encoder="vgg16"), "vgg11"),
+    (("unet_small", 5), dict(encoder="resnet18"), "no choice of encoder"), (("ternausnet", 5), dict(encoder="vgg16"), "vgg11"),
     (("unet", 5), dict(encoder_weights="imagenet"), "encoder_weights=None"), (("unet_small", 5), dict(weights="camvid"), "'scenes'"),
     (("unet", 5), dict(up="deconv"), "transposed, nearest, bilinear")])
 def test_refuses_to_build(arguments, options, says):

@@ -1,0 +1,115 @@
+"The papers' experiments: complete, chained as printed, fixed in length, and each able to run"
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from synseg.cli import app
+from synseg.optimizers import create_schedule
+from synseg.papers import FRAME, PAPERS, ROWS, cpu, deconvnet_stages, fcn_stages, smoke, tiramisu_stages
+from synseg.recipes import RECIPES, describe
+from synseg.runs import Run
+from synseg.scenes import Scenes
+from synseg.zoo import create_model, list_models
+
+
+def models(recipe):
+    return {run.model for runs in recipe.profiles.values() for run in runs.values()}
+
+
+def there(recipe):
+    gone = models(recipe) - set(list_models())
+    if gone:
+        pytest.skip(f"not in the zoo yet: {', '.join(sorted(gone))}")
+
+
+def test_they_are_among_the_recipes():
+    assert set(PAPERS) <= set(RECIPES)
+    for row in ROWS.values():
+        assert {f"camvid_{row.model}", f"camvid_{row.model}_holdout"} <= set(PAPERS)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_recipe_is_fixed_in_length_and_within_its_profile(name):
+    r = PAPERS[name]
+    for profile, runs in r.profiles.items():
+        assert runs and name in describe(r, profile)
+        stages = list(runs)
+        for i, run in enumerate(runs.values()):
+            assert run.epochs and run.minutes is None, "the same steps on any machine"
+            assert run.start is None or run.start in stages[:i]
+            assert run.split == "train" and run.valid == "val", "no test split is touched"
+            assert bool(run.hold_out) == (name.endswith("_holdout") and profile != "smoke")
+    for run in r.profiles["cpu"].values():
+        assert run.encoder_weights is None and (run.data == "scenes" or (run.size, run.batch_size) == ((120, 160), 4))
+        assert "width" not in run.options or run.data == "scenes", "the cpu size keeps the paper's network"
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_network_can_be_built_as_its_recipe_says(name):
+    there(PAPERS[name])
+    for runs in PAPERS[name].profiles.values():
+        for run in runs.values():
+            with torch.device("meta"):
+                assert create_model(run.model, 11, encoder=run.encoder, **run.options).num_classes == 11
+
+
+def test_stages_of_fcn():
+    runs = fcn_stages(Run(data="camvid", size=FRAME), 1e-5, 3)
+    assert [r.start for r in runs.values()] == [None, "fcn32s", "fcn16s"]
+    assert [round(math.log10(r.lr), 6) for r in runs.values()] == [-5, -7, -9]
+    assert [r.encoder_weights for r in runs.values()] == ["imagenet", None, None]
+    assert [r.start for r in cpu(ROWS["fcn8s"]).values()] == [r.start for r in smoke(ROWS["fcn8s"]).values()] == [None, "fcn32s", "fcn16s"]
+
+
+def test_printed_schedules():
+    first, then = deconvnet_stages().values()
+    assert [create_schedule("step", **then.schedule_options)(k / 40_000) for k in (9_999, 10_001, 39_999)] == pytest.approx([1, 0.1, 1e-3])
+    crops, frames = tiramisu_stages("fc_densenet67").values()
+    assert (crops.size, crops.eval_size, frames.size, frames.start) == ((224, 224), FRAME, FRAME, "crops")
+    decay = create_schedule(crops.schedule, **crops.schedule_options)
+    assert decay(100 / crops.epochs) == pytest.approx(0.995**100)
+
+
+@pytest.mark.parametrize("name", ["camvid_fcn8s", "camvid_segnet_basic", "camvid_gridnet", "camvid_fc_densenet56_holdout"])
+def test_smoke_runs_and_resumes(name, tmp_path):
+    there(PAPERS[name])
+    found = PAPERS[name].run("smoke", out=tmp_path, progress=False)
+    stages = PAPERS[name].profiles["smoke"]
+    assert 0 <= found["mean_iou"] <= 1 and found["trained_images"] == 32 * len(stages)
+    again = PAPERS[name].run("smoke", out=tmp_path, progress=False)
+    assert again["mean_iou"] == found["mean_iou"] and set(again.get("stages", stages)) == set(stages)
+
+
+def camvid(root, split, n=3):
+    "Scenes laid out as CamVid's files are: void is 11 on disk"
+    for part in (split, f"{split}annot"):
+        (root / part).mkdir(parents=True)
+    for i, (image, label) in enumerate(Scenes(n, (96, 128), seed=5)):
+        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(root / split / f"{i}.png")
+        Image.fromarray(label.where(label != 255, 11).byte().numpy()).save(root / f"{split}annot" / f"{i}.png")
+    (root / f"{split}.txt").write_text("".join(f"{split}/{i}.png {split}annot/{i}.png\n" for i in range(n)))
+
+
+def test_whoever_has_the_test_split_can_score_it(tmp_path):
+    camvid(tmp_path / "camvid", "test")
+    name = next(n for n in ("camvid_segnet_basic", "camvid_gridnet", "camvid_unet_small") if models(RECIPES[n]) <= set(list_models()))
+    RECIPES[name].run("smoke", out=tmp_path, progress=False)
+    words = ["evaluate", tmp_path / name / "smoke" / "run", "--data", "camvid", "--root", tmp_path / "camvid", "--split", "test", "--json"]
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["images"] == 3 and len(found["iou"]) == 11
+
+
+def test_a_cpu_recipe_reads_camvid(tmp_path):
+    "The real path, one picture per split: two stages are too long for a test, one epoch is not"
+    from dataclasses import replace
+    camvid(tmp_path / "camvid", "train", 4)
+    camvid(tmp_path / "camvid", "val", 2)
+    small = replace(PAPERS["camvid_segnet_basic"], profiles={"cpu": {"run": Run(data="camvid", size=(64, 96), epochs=1, batch_size=2)}})
+    found = small.run("cpu", tmp_path / "camvid", tmp_path, tmp_path / "results", progress=False)
+    record = json.loads((tmp_path / "results" / "camvid_segnet_basic.json").read_text())
+    assert record["metrics"]["mean_iou"] == found["mean_iou"] and record["config"]["runs"]["run"]["optimizer"] == "adamw"
