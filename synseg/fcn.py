@@ -25,10 +25,10 @@ from .upsample import bilinear_init_
 # %% ../nbs/41_fcn.ipynb #4d518d3d
 def as_convolution(layer: nn.Linear,  # reads a flattened (channels, k, k) map
                    channels: int) -> nn.Conv2d:  # kernel k, no padding; the weights are the layer's own, in another shape
-    "A fully connected layer as a convolution that covers the map once (Long et al. 2015, section 3.1); ValueError unless k is whole"
+    "A fully connected layer as a convolution that covers the map once (Long et al. 2015, 3.1); ValueError unless k is whole"
     k = math.isqrt(layer.in_features // channels)
     if channels * k * k != layer.in_features:
-        raise ValueError(f"a layer of {layer.in_features} inputs found; expected {channels} channels times a square: k x k positions")
+        raise ValueError(f"a layer of {layer.in_features} inputs found; expected {channels} channels times a square, k x k")
     conv = nn.Conv2d(channels, layer.out_features, k, bias=layer.bias is not None, device="meta")
     conv.weight = nn.Parameter(layer.weight.detach().view(-1, channels, k, k))
     if layer.bias is not None: conv.bias = nn.Parameter(layer.bias.detach())
@@ -49,8 +49,9 @@ def convolutionalised(net: nn.Module) -> nn.Sequential:  # (N, 3, H, W) -> (N, c
 # %% ../nbs/41_fcn.ipynb #0660006b
 def tents(n: int, factor: int, offset: int, size: int, like: Tensor) -> Tensor:  # (size, n)
     "One axis of a bilinear deconvolution as a matrix: rows `offset` to `offset + size` of its output, one column for each input"
-    out, middle = torch.arange(size).to(like) + offset, torch.arange(n).to(like) * factor + factor - 0.5
-    return (1 - (out[:, None] - middle).abs() / factor).clamp(min=0)
+    whole = dict(dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)  # half floats cannot count pixels
+    out, middle = torch.arange(offset, offset + size, **whole), torch.arange(n, **whole) * factor + factor - 0.5
+    return (1 - (out[:, None] - middle).abs() / factor).clamp(min=0).to(like.dtype)
 
 def enlarge(z: Tensor, factor: int, offset: int, size: tuple[int, int]) -> Tensor:  # (N, C, h, w) -> (N, C, *size)
     """FCN's last deconvolution, kernel 2 factor, stride factor, bilinear and fixed, then cropped, as two matrix products.
@@ -67,7 +68,7 @@ def crop_offsets(padding: int = 100,  # of the first convolution; 1 where the im
                 ) -> dict[int, tuple[int, int]]:
     """Where maps must be cut so that they lie on each other: {finest stride: (skip's offset, final offset)}.
 
-    A negative offset means that the upsampled map is cut instead of the skip. Caffe's `Crop` computes the same from the layers."""
+    A negative offset means that the upsampled map is cut instead of the skip. Caffe's `Crop` finds the same."""
     image = lambda s: (s - 1) / 2 - (padding - 1)  # image pixel under the middle of cell 0, after pools down to stride s
     centre = image(32) + (0 if padding == 1 else 3 * 32)  # fc6 without padding: the middle of the first 7x7 window
     found = {}
@@ -105,49 +106,27 @@ def fc_head(channels: int, padding: int, dropout: float) -> nn.Sequential:
     "VGG's fc6 and fc7 as 7x7 and 1x1 convolutions, eight times as wide as the map they read: 4096 for 512"
     wide = 8 * channels
     return nn.Sequential(OrderedDict(
-        fc6=nn.Conv2d(channels, wide, 7, padding=3 if padding == 1 else 0), relu6=nn.ReLU(inplace=True), drop6=nn.Dropout(dropout),
-        fc7=nn.Conv2d(wide, wide, 1), relu7=nn.ReLU(inplace=True), drop7=nn.Dropout(dropout)))
+        fc6=nn.Conv2d(channels, wide, 7, padding=3 if padding == 1 else 0), relu6=nn.ReLU(True), drop6=nn.Dropout(dropout),
+        fc7=nn.Conv2d(wide, wide, 1), relu7=nn.ReLU(True), drop7=nn.Dropout(dropout)))
 
 # %% ../nbs/41_fcn.ipynb #89dfd36f
 @torch.no_grad()
 def load_classifier(head: nn.Sequential, state: Mapping[str, Tensor], source: str = "the given weights") -> bool:
-    "Fill fc6 and fc7 from torchvision's `classifier.0` and `classifier.3`; False where `state` has none, ValueError where they do not fit"
-    pairs = [(getattr(layer, end), f"classifier.{i}.{end}") for layer, i in ((head.fc6, 0), (head.fc7, 3)) for end in ("weight", "bias")]
+    "Fill fc6 and fc7 from torchvision's `classifier.0` and `.3`; False where `state` has none, ValueError where they do not fit"
+    layers = (head.fc6, "classifier.0"), (head.fc7, "classifier.3")
+    pairs = [(getattr(layer, end), f"{name}.{end}") for layer, name in layers for end in ("weight", "bias")]
     if not any(name in state for _, name in pairs): return False
     for p, name in pairs:
         if name not in state or state[name].numel() != p.numel():
             found = tuple(state[name].shape) if name in state else "nothing"
-            raise ValueError(f"{source} does not fit: {name} holds {found}; expected {p.numel()} numbers for {tuple(p.shape)}, VGG16's")
+            raise ValueError(f"{source} does not fit: {name} holds {found}; expected VGG16's {p.numel()} for {tuple(p.shape)}")
         p.copy_(state[name].view_as(p))
     return True
 
 # %% ../nbs/41_fcn.ipynb #e64c7787
-_VGG16 = ("vgg16", "vgg16_bn")  # encoders with the paper's head
-
-class FCN(Segmenter):
-    """Fully convolutional network (Long et al. 2015, fig. 3) whose finest scores have stride `finest`: 32, 16 or 8.
-
-    On VGG16 with the paper's fc6 and fc7; other encoders are scored directly. `padding` (100, or 1: cheap on small images) and
-    `dropout` concern VGG16 only. `at_once` damps the skips for training without stages. ValueError for other values."""
+class _Scored(Segmenter):
+    "A pretrained trunk in `encoder` and `head`, new layers in `scores` and `up`"
     encoder_prefixes = ("encoder.", "head.")
-
-    def __init__(self, num_classes: int, in_channels: int = 3, *, finest: int = 32, encoder: str = "vgg16", width: int | None = None,
-                 padding: int = 100, dropout: float = 0.5, at_once: bool = False):
-        for what, value, known in (("finest", finest, (8, 16, 32)), ("padding", padding, (1, 100))):
-            if value not in known: raise ValueError(f"{what} is {value!r}; choose one of {', '.join(map(str, known))}")
-        vgg = encoder in _VGG16
-        super().__init__(num_classes, in_channels, stride=1 if vgg else 32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        self.encoder = pool_ladder(encoder, in_channels, width, padding) if vgg else create_encoder(encoder, in_channels, width=width)
-        self.imagenet, self.finest, self.offsets = self.encoder.imagenet, finest, crop_offsets(padding if vgg else 1)
-        channels = dict(zip(self.encoder.strides, self.encoder.channels))
-        self.head = fc_head(channels[32], padding, dropout) if vgg else nn.Identity()
-        he_init(self.head)
-        wide = self.head.fc7.out_channels if vgg else channels[32]
-        self.skips = [s for s in (16, 8) if s >= finest]
-        self.scale = {16: 1e-2, 8: 1e-4} if at_once else {16: 1.0, 8: 1.0}
-        self.scores = nn.ModuleDict({str(s): nn.Conv2d(wide if s == 32 else channels[s], num_classes, 1) for s in (32, *self.skips)})
-        self.up = nn.ModuleDict({str(s): nn.ConvTranspose2d(num_classes, num_classes, 4, 2, bias=False) for s in self.skips})
-        self.reset(32, *self.skips)
 
     @torch.no_grad()
     def reset(self, *strides: int) -> None:
@@ -156,17 +135,41 @@ class FCN(Segmenter):
             for p in self.scores[s].parameters(): p.zero_()
             if s in self.up: bilinear_init_(self.up[s])
 
+    def load_encoder(self, state: Mapping[str, Tensor], source: str = "the given weights") -> None:
+        "As every network's; where `state` holds VGG16's classifier, fc6 and fc7 come along as convolutions"
+        super().load_encoder(state, source)
+        if not isinstance(self.head, nn.Identity): load_classifier(self.head, state, source)
+
+# %% ../nbs/41_fcn.ipynb #53e92273
+class FCN(_Scored):
+    """Fully convolutional network (Long et al. 2015, fig. 3) whose finest scores have stride `finest`: 32, 16 or 8.
+
+    On VGG16 with the paper's fc6 and fc7; other encoders are scored directly. `padding` (100, or 1: cheap on small images) and
+    `dropout` concern VGG16 only. `at_once` damps the skips for training without stages. ValueError for other values."""
+    def __init__(self, num_classes: int, in_channels: int = 3, *, finest: int = 32, encoder: str = "vgg16",
+                 width: int | None = None, padding: int = 100, dropout: float = 0.5, at_once: bool = False):
+        for what, value, known in (("finest", finest, (8, 16, 32)), ("padding", padding, (1, 100))):
+            if value not in known: raise ValueError(f"{what} is {value!r}; choose one of {', '.join(map(str, known))}")
+        vgg = encoder in ("vgg16", "vgg16_bn")
+        super().__init__(num_classes, in_channels, stride=1 if vgg else 32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        trunk = pool_ladder(encoder, in_channels, width, padding) if vgg else create_encoder(encoder, in_channels, width=width)
+        self.encoder, self.imagenet, self.finest = trunk, trunk.imagenet, finest
+        channels = dict(zip(trunk.strides, trunk.channels))
+        self.head = fc_head(channels[32], padding, dropout) if vgg else nn.Identity()
+        he_init(self.head)
+        if vgg: channels[32] = self.head.fc7.out_channels
+        self.skips, self.offsets = [s for s in (16, 8) if s >= finest], crop_offsets(padding if vgg else 1)
+        self.scale = {16: 1e-2, 8: 1e-4} if at_once else {16: 1.0, 8: 1.0}
+        self.scores = nn.ModuleDict({str(s): nn.Conv2d(channels[s], num_classes, 1) for s in (32, *self.skips)})
+        self.up = nn.ModuleDict({str(s): nn.ConvTranspose2d(num_classes, num_classes, 4, 2, bias=False) for s in self.skips})
+        self.reset(32, *self.skips)
+
     def compute(self, x: Tensor) -> Tensor:
         maps = dict(zip(self.encoder.strides, self.encoder(x)))
         z = self.scores["32"](self.head(maps[32]))
         for s in self.skips:
             z = fuse(self.up[str(s)](z), self.scores[str(s)](maps[s] * self.scale[s]), self.offsets[s][0])
         return enlarge(z, self.finest, self.offsets[self.finest][1], x.shape[-2:])
-
-    def load_encoder(self, state: Mapping[str, Tensor], source: str = "the given weights") -> None:
-        "As every network's; where `state` holds VGG16's classifier, fc6 and fc7 come along as convolutions"
-        super().load_encoder(state, source)
-        if not isinstance(self.head, nn.Identity): load_classifier(self.head, state, source)
 
 # %% ../nbs/41_fcn.ipynb #e5671d7e
 def fcn32s(num_classes: int, in_channels: int = 3, *, encoder: str = "vgg16", width: int | None = None, padding: int = 100,
@@ -177,12 +180,14 @@ def fcn32s(num_classes: int, in_channels: int = 3, *, encoder: str = "vgg16", wi
 def fcn16s(num_classes: int, in_channels: int = 3, *, encoder: str = "vgg16", width: int | None = None, padding: int = 100,
            dropout: float = 0.5, at_once: bool = False) -> FCN:
     "Scores of pool4 added; options as of `FCN`"
-    return FCN(num_classes, in_channels, finest=16, encoder=encoder, width=width, padding=padding, dropout=dropout, at_once=at_once)
+    return FCN(num_classes, in_channels, finest=16, encoder=encoder, width=width, padding=padding, dropout=dropout,
+               at_once=at_once)
 
 def fcn8s(num_classes: int, in_channels: int = 3, *, encoder: str = "vgg16", width: int | None = None, padding: int = 100,
           dropout: float = 0.5, at_once: bool = False) -> FCN:
     "Scores of pool4 and pool3 added; options as of `FCN`"
-    return FCN(num_classes, in_channels, finest=8, encoder=encoder, width=width, padding=padding, dropout=dropout, at_once=at_once)
+    return FCN(num_classes, in_channels, finest=8, encoder=encoder, width=width, padding=padding, dropout=dropout,
+               at_once=at_once)
 
 # %% ../nbs/41_fcn.ipynb #f7b68ff1
 def fcn_head(c_in: int, num_classes: int) -> nn.Sequential:
@@ -193,7 +198,8 @@ class FCNResNet(Segmenter):
     """torchvision's form: a dilated ResNet of output stride 8, one small head, bilinear enlargement; no skips.
 
     With `aux=True` a second head on layer3 whose logits `forward_aux` returns."""
-    def __init__(self, num_classes: int, in_channels: int = 3, *, encoder: str = "resnet50", width: int | None = None, aux: bool = False):
+    def __init__(self, num_classes: int, in_channels: int = 3, *, encoder: str = "resnet50", width: int | None = None,
+                 aux: bool = False):
         super().__init__(num_classes, in_channels, stride=8, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         self.encoder = create_encoder(encoder, in_channels, 8, width)
         self.imagenet = self.encoder.imagenet
@@ -219,9 +225,9 @@ def fcn_resnet101(num_classes: int, in_channels: int = 3, *, width: int | None =
 _PAPER = "Long, Shelhamer & Darrell, Fully Convolutional Networks for Semantic Segmentation"
 _COMMON = ("RGB normalised by torchvision's ImageNet mean and deviation; the paper subtracts a mean in BGR",
            "random weights unless encoder_weights is given, which also fills fc6 and fc7 from VGG16's classifier",
-           "other encoders than VGG16 (vgg16_bn adds norms): no fc6 and fc7, 1x1 scores of the last map at each stride, image mirrored "
-           "up to a multiple of 32")
-_LEARNED = ("intermediate deconvolutions are dense, start bilinear and are learned, as the paper says; the released code fixes them",)
+           "other encoders than VGG16 (vgg16_bn adds norms): no fc6 and fc7, 1x1 scores of the last map at each stride, image "
+           "mirrored up to a multiple of 32")
+_LEARNED = ("intermediate deconvolutions are dense, start bilinear and are learned (paper); the released code fixes them",)
 _TORCH = ("torchvision's form, not the paper's: dilated to output stride 8, no skips, no deconvolution",
           "the image is mirrored up to a multiple of 8, so other sizes differ from torchvision's near the right and lower border",
           "no auxiliary head unless aux=True, which torchvision's released weights have")
@@ -229,8 +235,9 @@ _ENCODERS = ("vgg16", *(n for n in encoder_names() if n != "vgg16"))
 ENTRIES = {e.info.name: e for e in [
     *(ModelEntry(build, ModelInfo(build.__name__, _PAPER, 2015, "1411.4038", 21, 3, count, "134M", _COMMON + more), _ENCODERS)
       for build, count, more in ((fcn32s, 134_346_581, ()), (fcn16s, 134_364_410, _LEARNED), (fcn8s, 134_376_863, _LEARNED))),
-    *(ModelEntry(build, ModelInfo(build.__name__, "torchvision, after " + _PAPER, 2019, "1411.4038", 21, 3, count, None, _TORCH), (encoder,))
-      for build, count, encoder in ((fcn_resnet50, 32_957_013, "resnet50"), (fcn_resnet101, 51_949_141, "resnet101"))),
+    *(ModelEntry(build, ModelInfo(build.__name__, "torchvision, after " + _PAPER, 2019, "1411.4038", 21, 3, count, None, _TORCH),
+                 (build.__name__.removeprefix("fcn_"),))
+      for build, count in ((fcn_resnet50, 32_957_013), (fcn_resnet101, 51_949_141))),
 ]}
 
 # %% ../nbs/41_fcn.ipynb #bf2a19ad
@@ -240,8 +247,9 @@ def start_from(finer: FCN, coarser: FCN) -> FCN:  # finer, changed in place
     state, own = coarser.state_dict(), finer.state_dict()
     wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
     if finer.finest >= coarser.finest or wrong:
-        raise ValueError(f"cannot start a network of finest stride {finer.finest} from one of {coarser.finest}: expected a coarser one of "
-                         f"the same encoder, width and classes{f'; {wrong[0]} does not fit' if wrong else ''}")
+        why = f"; {wrong[0]} does not fit" if wrong else ""
+        raise ValueError(f"cannot start a network of finest stride {finer.finest} from one of {coarser.finest}: expected a "
+                         f"coarser one of the same encoder, width and classes{why}")
     finer.load_state_dict({**own, **state})
     finer.reset(*(s for s in finer.skips if s not in coarser.skips))
     return finer

@@ -27,7 +27,8 @@ class Block(NamedTuple):
     def target(self) -> tuple[int, int]: return self.row, self.column
     @property
     def source(self) -> tuple[int, int]:
-        return {"down": (self.row - 1, self.column), "up": (self.row + 1, self.column)}.get(self.kind, (self.row, self.column - 1))
+        dr, dc = {"down": (-1, 0), "up": (1, 0)}.get(self.kind, (0, -1))
+        return self.row + dr, self.column + dc
 
 def grid_blocks(rows: int = 5, columns: tuple[int, int] = (3, 3)) -> list[Block]:
     "All blocks, in an order in which whatever enters a node comes before whatever leaves it; `columns` down, then up"
@@ -45,8 +46,9 @@ def _row(row: int, columns: tuple[int, int], *kinds: str) -> set[Block]:
 
 def fcn_paths(rows: int = 5, columns: tuple[int, int] = (3, 3)) -> frozenset[Block]:
     "Down the first column, along the bottom row, up the last column: convolution, then deconvolution, without a skip"
-    return frozenset(_row(rows - 1, columns, "stream", "residual")
-                     | {Block("down", r, 0) for r in range(1, rows)} | {Block("up", r, sum(columns) - 1) for r in range(rows - 1)})
+    last = sum(columns) - 1
+    edges = {Block("down", r, 0) for r in range(1, rows)} | {Block("up", r, last) for r in range(rows - 1)}
+    return frozenset(edges | _row(rows - 1, columns, "stream", "residual"))
 
 def unet_paths(rows: int = 5, columns: tuple[int, int] = (3, 3)) -> frozenset[Block]:
     "`fcn_paths`, and every row's stream as a bridge: skips that are added, where U-Net concatenates them"
@@ -125,65 +127,69 @@ class GridUnit(nn.Sequential):
         super().__init__(nn.BatchNorm2d(c_in), nn.ReLU(inplace=True), layer(c_in, c_out, stride),
                          nn.BatchNorm2d(c_out), nn.ReLU(inplace=True), layer(c_out, c_out), *drop)
 
-# %% ../nbs/44_gridnet.ipynb #7981ed0c
-class GridNet(Segmenter):
-    """GridNet (Fourure et al. 2017): `rows` resolutions with `width`, 2 width, ... channels, `columns` down and up.
+# %% ../nbs/44_gridnet.ipynb #a4b12444
+def _check_grid(width, rows, columns) -> None:
+    if not isinstance(columns, (tuple, list)) or len(columns) != 2:
+        raise ValueError(f"columns is {columns!r}; give two numbers: columns down and columns up, as (3, 3)")
+    for what, n in [("width", width), ("rows", rows), *(("columns", c) for c in columns)]:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"{what}: found {n!r}; it must be a whole number of at least 1")
 
-    `paths` is which blocks are on: all, fcn, unet or frrn; `switch` changes that later. `dropout` is the probability with
-    which training leaves out a residual branch. Raises ValueError for an unknown path or a grid that is none."""
+def _two(layer: Callable, c_in: int, c_out: int) -> nn.Sequential:
+    return nn.Sequential(layer(c_in, c_out), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True),
+                         layer(c_out, c_out), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+class _Modules(Segmenter):
+    "What the grid is made of: `input_norm`, `stem`, a unit for each block but the streams, `tail`"
     def __init__(self, num_classes: int, in_channels: int = 3, *, width: int = 16, rows: int = 5,
                  columns: tuple[int, int] = (3, 3), dropout: float = 0.1, paths: str = "all"):
-        self._check_grid(width, rows, columns)
-        super().__init__(num_classes, in_channels, stride=2**(rows - 1), mean=0.0, std=1.0)  # the input's own norm comes first
+        _check_grid(width, rows, columns)
+        super().__init__(num_classes, in_channels, stride=2**(rows - 1), mean=0.0, std=1.0)  # input_norm normalises
         self.rows, self.columns = rows, tuple(columns)
-        self.input_norm, self.stem = nn.BatchNorm2d(in_channels), self._two(_conv, in_channels, width)
+        self.input_norm, self.stem = nn.BatchNorm2d(in_channels), _two(_conv, in_channels, width)
         self.units = nn.ModuleDict()
         for b in grid_blocks(rows, self.columns):
             if b.kind == "stream": continue
             transposed = b.kind == "up" or (b.kind == "residual" and b.column > self.columns[0])
-            self.units[self._name(b)] = GridUnit(width * 2**b.source[0], width * 2**b.row, b.kind, transposed, dropout)
-        self.tail = self._two(_transposed, width, num_classes)[:-1]  # the logits leave through a batch norm
+            self.units["{}_{}_{}".format(*b)] = GridUnit(width * 2**b.source[0], width * 2**b.row, b.kind, transposed, dropout)
+        self.tail = _two(_transposed, width, num_classes)[:-1]  # the logits leave through a batch norm
         self.switch(paths)
-
-    @staticmethod
-    def _check_grid(width, rows, columns) -> None:
-        for what, n in [("width", width), ("rows", rows), *(("columns", c) for c in columns)]:
-            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-                raise ValueError(f"{what} holds {n!r}; it must be a whole number of at least 1")
-        if len(columns) != 2: raise ValueError(f"columns is {columns!r}; give two numbers: columns down and columns up, as (3, 3)")
-
-    @staticmethod
-    def _two(layer: Callable, c_in: int, c_out: int) -> nn.Sequential:
-        return nn.Sequential(layer(c_in, c_out), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True),
-                             layer(c_out, c_out), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
-
-    @staticmethod
-    def _name(b: Block) -> str: return f"{b.kind}_{b.row}_{b.column}"
 
     def unit(self, block: Block) -> GridUnit:
         "The module of a residual, down or up block"
-        return self.units[self._name(block)]
+        return self.units["{}_{}_{}".format(*block)]
 
-    @property
-    def off(self) -> frozenset[Block]: return all_paths(self.rows, self.columns) - self.on
+# %% ../nbs/44_gridnet.ipynb #60e217e4
+def _as_blocks(on: str | Iterable[Block], rows: int, columns: tuple[int, int]) -> frozenset[Block]:
+    "The blocks that are meant by a name in `PATHS` or a set, checked"
+    if isinstance(on, str):
+        if on not in PATHS: raise ValueError(f"paths is {on!r}; choose one of {', '.join(PATHS)}, or use switch(blocks)")
+        on = PATHS[on](rows, columns)
+    on = frozenset(Block(*b) for b in on)
+    unknown = sorted(on - all_paths(rows, columns))
+    if unknown: raise ValueError(f"a grid of {rows} rows and {columns} columns has no block {tuple(unknown[0])}")
+    if not path_lengths(on, rows, columns):
+        raise ValueError(f"no path from input to output is left with {len(on)} blocks on: keep the streams of row 0, or a way "
+                         "down and up")
+    return on
 
+# %% ../nbs/44_gridnet.ipynb #055db27f
+class GridNet(_Modules):
+    """GridNet (Fourure et al. 2017): `rows` resolutions with `width`, 2 width, ... channels, `columns` down and up.
+
+    `paths` is which blocks are on: all, fcn, unet or frrn; `switch` changes that later. `dropout` is the probability with
+    which training leaves out a residual branch. Raises ValueError for an unknown path or a grid that is none."""
     def switch(self, on: str | Iterable[Block] = "all") -> "GridNet":
         """Leave only the blocks `on`: a name in `PATHS` or a set of (kind, row, column). Returns the network.
 
         What is off adds nothing to the node where it ends, and gets no gradient. A node that nothing enters has no map, and
         the blocks that leave it add nothing either. ValueError for blocks the grid has not, or if no path is left. The
         state is not saved with the weights; the option `paths` is."""
-        if isinstance(on, str):
-            if on not in PATHS: raise ValueError(f"paths is {on!r}; choose one of {', '.join(PATHS)}, or use switch(blocks)")
-            on = PATHS[on](self.rows, self.columns)
-        on = frozenset(Block(*b) for b in on)
-        unknown = sorted(on - all_paths(self.rows, self.columns))
-        if unknown: raise ValueError(f"this grid of {self.rows} rows and {self.columns} columns has no block {tuple(unknown[0])}")
-        if not path_lengths(on, self.rows, self.columns):
-            raise ValueError(f"no path from input to output is left with {len(on)} blocks on: keep at least one row-0 stream, "
-                             "or a way down and up")
-        self.on = on
+        self.on = _as_blocks(on, self.rows, self.columns)
         return self
+
+    @property
+    def off(self) -> frozenset[Block]: return all_paths(self.rows, self.columns) - self.on
 
     def nodes(self, x: Tensor) -> dict[tuple[int, int], Tensor]:
         "The map at every node (row, column) that something enters, of a normalised and padded image"
@@ -194,8 +200,7 @@ class GridNet(Segmenter):
             maps[b.target] = maps[b.target] + flow if b.target in maps else flow
         return maps
 
-    def compute(self, x: Tensor) -> Tensor:
-        return self.tail(self.nodes(x)[0, sum(self.columns) - 1])
+    def compute(self, x: Tensor) -> Tensor: return self.tail(self.nodes(x)[0, sum(self.columns) - 1])
 
 # %% ../nbs/44_gridnet.ipynb #557019a4
 ENTRIES = {"gridnet": ModelEntry(GridNet, ModelInfo(

@@ -13,7 +13,7 @@ from synseg.zoo import create_model, load_model, save_model
 
 STRIDES = (32, 16, 8)
 NARROW = [dict(width=2), dict(width=2, padding=1), dict(width=2, encoder="vgg16_bn"), dict(width=2, encoder="vgg11"),
-          dict(width=4, encoder="resnet18"), dict(width=4, encoder="mobilenet_v2")]
+          dict(width=4, encoder="resnet18"), dict(width=2, encoder="mobilenet_v2")]
 
 
 def scored(net, std=1.0):
@@ -92,6 +92,12 @@ def test_enlarge_keeps_single_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16): low = enlarge(z, 16, 8, (64, 80))
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, enlarge(z, 16, 8, (64, 80)))
+
+
+def test_enlarge_in_half_precision():
+    z = torch.ones(1, 2, 20, 30, dtype=torch.bfloat16)
+    up = enlarge(z, 32, 16, (640, 960))
+    assert up.dtype == torch.bfloat16 and torch.equal(up[..., 16:-16, 16:-16], torch.ones(1, 2, 608, 928, dtype=torch.bfloat16))
 
 
 def test_fuse():
