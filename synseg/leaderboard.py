@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED', 'Entry', 'parameters_of', 'machine_of', 'start_of', 'last_of', 'read_records', 'entries', 'published',
            'leaderboard']
 
-# %% ../nbs/47_leaderboard.ipynb #e93ed737
+# %% ../nbs/47_leaderboard.ipynb #9dd8a224
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .parity import Sheet
 from .recipes import RECIPES
 from .zoo import create_model, list_models
 
-# %% ../nbs/47_leaderboard.ipynb #6ca7fcff
+# %% ../nbs/47_leaderboard.ipynb #9a680787
 @dataclass(frozen=True)
 class Entry:
     "A recorded run of a recipe on CamVid, or the lack of one"
@@ -43,7 +43,7 @@ class Entry:
         "What repeats it"
         return f"synseg recipe run {self.recipe} --profile {self.profile or 'cpu'} --data-root data/camvid"
 
-# %% ../nbs/47_leaderboard.ipynb #9330f54f
+# %% ../nbs/47_leaderboard.ipynb #768a51e9
 def parameters_of(run: Mapping) -> int | None:
     "Of the network of a recorded run, at CamVid's 11 classes; None for one that this version does not know"
     if run["model"] not in list_models(): return None
@@ -65,7 +65,7 @@ def last_of(runs: Mapping[str, Mapping]) -> Mapping:
     used = {(run.get("start") or "").split("/")[0] for run in runs.values()}
     return next(run for name, run in runs.items() if name not in used)
 
-# %% ../nbs/47_leaderboard.ipynb #c41f13b4
+# %% ../nbs/47_leaderboard.ipynb #8e07150a
 def read_records(folder: str | Path | None = None) -> list[dict]:
     "All records with trainings on CamVid, from `folder` or the course's own results"
     folder = folder or results_dir()
@@ -82,7 +82,7 @@ def entries(folder: str | Path | None = None) -> list[Entry]:
     rows = [_entry(n, records.get(n), records.get(f"{n}_holdout")) for n in names]
     return sorted(rows, key=lambda e: (e.mean_iou is None, -(e.mean_iou or 0), e.recipe))
 
-# %% ../nbs/47_leaderboard.ipynb #fa92b097
+# %% ../nbs/47_leaderboard.ipynb #6ca049c2
 def _entry(name: str, record: Mapping | None, held: Mapping | None) -> Entry:
     "A row from the record of a recipe and from that of its held-out twin; either may be missing"
     left = held["metrics"].get("mean_iou_last", held["metrics"]["mean_iou"]) if held else None
@@ -95,7 +95,7 @@ def _entry(name: str, record: Mapping | None, held: Mapping | None) -> Entry:
                  scores.get("minutes"), parameters_of(run), scores["mean_iou"], scores.get("mean_iou_last"),
                  scores.get("pixel_accuracy"), left, machine_of(record))
 
-# %% ../nbs/47_leaderboard.ipynb #598fe675
+# %% ../nbs/47_leaderboard.ipynb #4774dd3d
 PUBLISHED: dict[str, tuple[float, float, str]] = {  # mean IoU and pixel accuracy on test, and where that is printed
     "fcn8s": (57.0, 88.0, "as quoted by the Tiramisu's table"), "segnet": (46.4, 62.5, "as quoted by the Tiramisu's table"),
     "fc_densenet56": (58.9, 88.9, "the paper"), "fc_densenet67": (65.8, 90.8, "the paper"),
@@ -108,13 +108,14 @@ def published(model: str) -> str:
     iou, accuracy, where = PUBLISHED[model]
     return f"{iou} / {accuracy} ({where})"
 
-# %% ../nbs/47_leaderboard.ipynb #3c1f8b5f
+# %% ../nbs/47_leaderboard.ipynb #116db1b8
 def leaderboard(folder: str | Path | None = None) -> Sheet:
     "The table of all recipes on CamVid; scores in per cent"
     percent = lambda v: None if v is None else f"{100 * v:.1f}"
     def row(e: Entry):
         if not e.profile: return (e.model, e.parameters, *["not run"] * 6, percent(e.held_out) or "not run", "not run", "")
-        scores = f"{percent(e.mean_iou)} / {percent(e.last) or '–'}", percent(e.held_out) or "not run", percent(e.pixel_accuracy)
-        return (e.model, e.parameters, e.profile, e.start, f"{e.size[0]}x{e.size[1]}", e.images, e.minutes, *scores, e.machine)
+        val, held = f"{percent(e.mean_iou)} / {percent(e.last) or '–'}", percent(e.held_out) or "not run"
+        return (e.model, e.parameters, e.profile, e.start, f"{e.size[0]}x{e.size[1]}", e.images, e.minutes,
+                val, held, percent(e.pixel_accuracy), e.machine)
     return Sheet(["network", "parameters", "profile", "from", "trained at", "pictures seen", "minutes", "val mIoU best / last",
                   "held-out mIoU", "val pixels", "machine"], map(row, entries(folder)))

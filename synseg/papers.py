@@ -6,14 +6,14 @@
 __all__ = ['FRAME', 'TILES', 'SUMMED_RATE', 'VOC_PIXELS', 'ROWS', 'HELD_OUT', 'PAPERS', 'fcn_stages', 'deconvnet_stages',
            'tiramisu_stages', 'Row', 'smoke', 'cpu']
 
-# %% ../nbs/48_papers.ipynb #4d118ce0
+# %% ../nbs/48_papers.ipynb #c11c1797
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from .plans import Recipe, each, one, profiles, ranked, staged
 from .runs import Run
 
-# %% ../nbs/48_papers.ipynb #ee332169
+# %% ../nbs/48_papers.ipynb #1b97add4
 FRAME = (360, 480)  # CamVid's
 TILES = dict(reference="pixel", scale=(1.0, 1.0), jitter=0.0)  # crops of the picture as it is, mirrored or not
 
@@ -29,14 +29,14 @@ def fcn_stages(run: Run, rate: float, epochs: int, names=("fcn32s", "fcn16s", "f
     stages = {n: replace(run, model=n, lr=rate * 0.01**i) for i, n in enumerate(names)}
     return _chain({n: replace(r, encoder_weights=None if i else "imagenet") for i, (n, r) in enumerate(stages.items())})
 
-# %% ../nbs/48_papers.ipynb #d703865b
+# %% ../nbs/48_papers.ipynb #0765a044
 SUMMED_RATE = 1e-10  # FCN's, of a loss that is a sum over pixels
 VOC_PIXELS = 500 * 375
 
 _VOC_FCN = fcn_stages(Run(data="voc2012_aug", size=(512, 512), eval_size=(512, 512)), SUMMED_RATE * VOC_PIXELS, epochs=10)
 _CAMVID_FCN = fcn_stages(Run(data="camvid", size=FRAME), SUMMED_RATE * FRAME[0] * FRAME[1], epochs=270)
 
-# %% ../nbs/48_papers.ipynb #39c8f43d
+# %% ../nbs/48_papers.ipynb #a4c45447
 _SEGNET = Run(model="segnet", data="camvid", size=FRAME, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=12,
               schedule="constant", class_weights="median", epochs=400, augment=TILES | dict(flip=0.0))  # length: ours
 
@@ -63,23 +63,22 @@ _GRIDNET = Run(model="gridnet", data="cityscapes", size=(400, 400), eval_size=(1
                weight_decay=0.0, batch_size=4, schedule="constant", class_weights=None, epochs=800,  # length: ours
                augment=TILES | dict(scale=(1.0, 2.5)))
 
-# %% ../nbs/48_papers.ipynb #54349af3
+# %% ../nbs/48_papers.ipynb #106f632e
 @dataclass(frozen=True)
 class Row:
     "A network of the part, and how it is trained"
     model: str
     narrow: int  # width of the smoke run and of the comparison on scenes
-    images: int  # pictures that the cpu run sees, about
+    epochs: int  # of the cpu run, all stages together
     lr: float = 3e-3  # of the cpu run
     stages: tuple[str, ...] = ()  # networks trained one from the other, the last being `model`
     frames: Mapping[str, Run] = field(default_factory=dict)  # gpu, on CamVid
 
-def _stages(row: Row, run: Run, share=(0.5, 0.25, 0.25), images: int | None = None) -> dict[str, Run]:
-    "One training, or a chain of them that shares the pictures out; later stages at a third of the rate"
+def _stages(row: Row, run: Run, share=(0.5, 0.25, 0.25)) -> dict[str, Run]:
+    "One training, or a chain of them that shares the epochs out; later stages at a third of the rate"
     names = row.stages or (row.model,)
     parts = share if len(names) > 1 else (1.0,)
-    epochs = lambda part: run.epochs or max(1, round(images * part / 367))
-    found = {n: replace(run, model=n, epochs=epochs(part), lr=row.lr * (1 if i == 0 else 1/3))
+    found = {n: replace(run, model=n, epochs=run.epochs or round(row.epochs * part), lr=row.lr * (1 if i == 0 else 1/3))
              for i, (n, part) in enumerate(zip(names, parts))}
     return _chain(found) if len(names) > 1 else {"run": found[row.model]}
 
@@ -88,25 +87,25 @@ def smoke(row: Row) -> dict[str, Run]:
     return _stages(row, Run(images=16, size=(64, 96), epochs=2, batch_size=4, options={"width": row.narrow}))
 
 def cpu(row: Row, hold_out: str | None = None) -> dict[str, Run]:
-    "The paper's network on CamVid at 120x160, a fixed number of pictures"
-    return _stages(row, Run(data="camvid", size=(120, 160), batch_size=4, hold_out=hold_out), images=row.images)
+    "The paper's network on CamVid at 120x160, ten to twenty-five minutes on one thread"
+    return _stages(row, Run(data="camvid", size=(120, 160), batch_size=4, hold_out=hold_out))
 
-# %% ../nbs/48_papers.ipynb #cf3dd130
-def _tiramisu(model: str, images: int) -> Row: return Row(model, 12, images, 1e-3, frames=tiramisu_stages(model))
+# %% ../nbs/48_papers.ipynb #6cfffd83
+def _tiramisu(model: str, epochs: int) -> Row: return Row(model, 12, epochs, 1e-3, frames=tiramisu_stages(model))
 
 _RESNET = Run(model="fcn_resnet50", data="camvid", size=FRAME, lr=1e-3, batch_size=8, epochs=300)  # no paper: the course's
 
 ROWS: dict[str, Row] = {row.model: row for row in [
-    Row("fcn8s", 8, 1_500, 1e-4, stages=("fcn32s", "fcn16s", "fcn8s"), frames=_CAMVID_FCN),
-    Row("fcn_resnet50", 8, 4_400, 1e-3, frames={"run": _RESNET}),
-    Row("segnet", 8, 5_100, 1e-3, frames={"run": _SEGNET}),
-    Row("segnet_basic", 16, 11_000, 1e-3, frames={"run": replace(_SEGNET, model="segnet_basic")}),
-    Row("deconvnet", 8, 1_500, 1e-3, frames=deconvnet_stages(replace(_DECONVNET, data="camvid"), 10_582)),
-    _tiramisu("fc_densenet56", 4_400), _tiramisu("fc_densenet67", 2_900), _tiramisu("fc_densenet103", 1_500),
-    Row("gridnet", 4, 5_100, 3e-3, frames={"run": replace(_GRIDNET, data="camvid", eval_size=FRAME, size=(352, 352))}),
+    Row("fcn8s", 8, 4, 1e-4, stages=("fcn32s", "fcn16s", "fcn8s"), frames=_CAMVID_FCN),
+    Row("fcn_resnet50", 8, 9, 1e-3, frames={"run": _RESNET}),
+    Row("segnet", 8, 12, 1e-3, frames={"run": _SEGNET}),
+    Row("segnet_basic", 16, 29, 1e-3, frames={"run": replace(_SEGNET, model="segnet_basic")}),
+    Row("deconvnet", 8, 4, 1e-3, frames=deconvnet_stages(replace(_DECONVNET, data="camvid"))),  # VOC's epochs
+    _tiramisu("fc_densenet56", 6), _tiramisu("fc_densenet67", 4), _tiramisu("fc_densenet103", 4),
+    Row("gridnet", 4, 11, 3e-3, frames={"run": replace(_GRIDNET, data="camvid", eval_size=FRAME, size=(352, 352))}),
 ]}
 
-# %% ../nbs/48_papers.ipynb #fc32a59f
+# %% ../nbs/48_papers.ipynb #92689745
 HELD_OUT = "0001TP"  # dusk: no frame of it is trained on
 
 def _held_out(stages: Mapping[str, Run]) -> dict[str, Run]: return {n: replace(r, hold_out=HELD_OUT) for n, r in stages.items()}
@@ -124,7 +123,7 @@ def _hour(row: Row, data: str) -> dict[str, Run]:
     "The cpu size of a data set other than CamVid: the first pictures of it, short"
     return {n: replace(r, data=data, images=367) for n, r in cpu(row).items()}
 
-# %% ../nbs/48_papers.ipynb #035b0e87
+# %% ../nbs/48_papers.ipynb #71b51a6c
 _EQUAL = Run(domain="both", images=600, batch_size=8, epochs=5)
 
 def _side_by_side(run: Run, size: tuple[int, int] = (96, 128)) -> dict[str, Run]:

@@ -6,7 +6,7 @@
 __all__ = ['SIZE', 'ORACLES', 'Stage', 'stages', 'Facts', 'facts', 'Sheet', 'printed_count', 'counted', 'carry', 'by_name',
            'stirred', 'Oracle', 'Parity', 'compare', 'reference_count', 'work_by_scale']
 
-# %% ../nbs/46_parity.ipynb #4dadf8f3
+# %% ../nbs/46_parity.ipynb #5524f6e6
 import html, importlib.util, math, re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .segmenter import Segmenter
 from .segnet import encode
 from .zoo import create_model, list_models, model_info
 
-# %% ../nbs/46_parity.ipynb #695b97aa
+# %% ../nbs/46_parity.ipynb #63401531
 SIZE = (360, 480)  # height and width at which multiply-adds are counted: CamVid's
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def stages(costs: Costs) -> list[Stage]:
     return [Stage(tuple(g[-1].output[-2:]), g[-1].output[1], sum("Conv" in r.kind for r in g), sum(r.parameters for r in g),
                   sum(r.multiply_adds for r in g)) for g in groups]
 
-# %% ../nbs/46_parity.ipynb #c4af8fb6
+# %% ../nbs/46_parity.ipynb #a0ffd7f5
 @dataclass(frozen=True)
 class Facts:
     "What can be said of a network without running it"
@@ -73,7 +73,7 @@ def facts(name: str, size: tuple[int, int] = SIZE, **options) -> Facts:
     return Facts(name, info.classes, info.in_channels, count_parameters(model), info.published, size, costs.multiply_adds,
                  tuple(stages(costs)), info.deviations)
 
-# %% ../nbs/46_parity.ipynb #840a02b9
+# %% ../nbs/46_parity.ipynb #31a8c705
 class Sheet:
     "A small table: text in a terminal, HTML in a notebook. Numbers go right, None is a dash"
     def __init__(self, header: Sequence[str], rows: Sequence[Sequence]):
@@ -99,7 +99,7 @@ class Sheet:
         body = "".join(line(r, "td") for r in self._text())
         return f"<table><thead>{line(self.header, 'th')}</thead><tbody>{body}</tbody></table>"
 
-# %% ../nbs/46_parity.ipynb #f7c5eb44
+# %% ../nbs/46_parity.ipynb #33fae6a6
 def printed_count(text: str | None) -> float | None:
     "'134M', 'about 1.5 million' or '31,030,658' as a number; None for anything else, as a count of one part only"
     found = re.fullmatch(r"(?:about |≈)?(\d[\d,]*\.?\d*)\s*(M|million|k)?", text or "")
@@ -111,7 +111,7 @@ def counted(pages: Sequence[Facts]) -> Sheet:
                      f"{p.size[0]}x{p.size[1]}")
     return Sheet(["network", "classes", "parameters", "printed", "a library's", "multiply-adds", "of a picture"], map(row, pages))
 
-# %% ../nbs/46_parity.ipynb #4f7acd9a
+# %% ../nbs/46_parity.ipynb #4dd83606
 def carry(source: nn.Module, target: nn.Module, state: Callable[[nn.Module, nn.Module], dict] | None = None) -> int:
     """Copy all tensors of `source` into `target`, in order, or as `state(source, target)` names them; returns how many.
 
@@ -141,7 +141,7 @@ def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
             for t, low, high in ranges: t.copy_(low + (high - low) * torch.rand(t.shape, generator=g))
     return model.eval()
 
-# %% ../nbs/46_parity.ipynb #15104c56
+# %% ../nbs/46_parity.ipynb #881c44fd
 @dataclass(frozen=True)
 class Oracle:
     "An implementation that others trust, beside ours"
@@ -177,7 +177,7 @@ def compare(oracle: Oracle, size: tuple[int, int] = (96, 128), seed: int = 0) ->
     difference = ((got - want).abs().max() / want.abs().max()).item()
     return Parity(oracle.name, oracle.library, tensors, count_parameters(theirs), difference)
 
-# %% ../nbs/46_parity.ipynb #182963c4
+# %% ../nbs/46_parity.ipynb #e6893827
 _SMP = "segmentation_models_pytorch"
 
 def _torchvision(name: str, **options) -> nn.Module:
@@ -204,7 +204,7 @@ def _timm_xception() -> nn.Module:
     net.head, net.act = nn.Identity(), nn.Identity()  # what stands before the head is no part of the trunk
     return net
 
-# %% ../nbs/46_parity.ipynb #5b3d0f5c
+# %% ../nbs/46_parity.ipynb #e803e2b4
 def _smp_unet(encoder: str, classes: int = 11) -> nn.Module:
     import segmentation_models_pytorch as smp
     return smp.Unet(encoder, encoder_weights=None, classes=classes)
@@ -234,7 +234,7 @@ ORACLES: list[Oracle] = [
              reply=lambda model, x: model(x)["out"]) for n in ("fcn_resnet50", "fcn_resnet101")),
 ]
 
-# %% ../nbs/46_parity.ipynb #cf39bb26
+# %% ../nbs/46_parity.ipynb #919265e6
 def reference_count(name: str) -> int | None:
     "Parameters of another implementation of the whole network at the paper's classes, where one is installed"
     for oracle in ORACLES:
@@ -242,10 +242,11 @@ def reference_count(name: str) -> int | None:
             with torch.device("meta"): return count_parameters(oracle.theirs())
     return None
 
-# %% ../nbs/46_parity.ipynb #826f5b94
+# %% ../nbs/46_parity.ipynb #dcc13be1
 def work_by_scale(page: Facts) -> dict[int, float]:
-    "Share of a network's multiply-adds at each scale: 1 for maps as large as its largest, 2 for half as high, ..."
+    "Share of a network's multiply-adds at each scale: 1 for maps as high as the picture that it works on, 2 for half as high, ..."
     tallest, shares = max(s.size[0] for s in page.stages), {}
+    if abs(2 * tallest - page.size[0]) <= 32: tallest *= 2  # a stem that halves at once; DeconvNet works at 224 whatever it gets
     for s in page.stages:
         scale = 2**round(math.log2(tallest / s.size[0]))
         shares[scale] = shares.get(scale, 0) + s.multiply_adds / page.multiply_adds
