@@ -87,7 +87,7 @@ def smoke(row: Row) -> dict[str, Run]:
     return _stages(row, Run(images=16, size=(64, 96), epochs=2, batch_size=4, options={"width": row.narrow}))
 
 def cpu(row: Row, hold_out: str | None = None) -> dict[str, Run]:
-    "The paper's network on CamVid at 120x160, ten to twenty-five minutes on one thread"
+    "The paper's network on CamVid at 120x160, five to ten minutes on one quiet thread"
     return _stages(row, Run(data="camvid", size=(120, 160), batch_size=4, hold_out=hold_out))
 
 # %% ../nbs/48_papers.ipynb #6cfffd83
@@ -97,12 +97,12 @@ _RESNET = Run(model="fcn_resnet50", data="camvid", size=FRAME, lr=1e-3, batch_si
 
 ROWS: dict[str, Row] = {row.model: row for row in [
     Row("fcn8s", 8, 4, 1e-4, stages=("fcn32s", "fcn16s", "fcn8s"), frames=_CAMVID_FCN),
-    Row("fcn_resnet50", 8, 9, 1e-3, frames={"run": _RESNET}),
-    Row("segnet", 8, 12, 1e-3, frames={"run": _SEGNET}),
-    Row("segnet_basic", 16, 29, 1e-3, frames={"run": replace(_SEGNET, model="segnet_basic")}),
-    Row("deconvnet", 8, 4, 1e-3, frames=deconvnet_stages(replace(_DECONVNET, data="camvid"))),  # VOC's epochs
-    _tiramisu("fc_densenet56", 6), _tiramisu("fc_densenet67", 4), _tiramisu("fc_densenet103", 4),
-    Row("gridnet", 4, 11, 3e-3, frames={"run": replace(_GRIDNET, data="camvid", eval_size=FRAME, size=(352, 352))}),
+    Row("fcn_resnet50", 8, 6, 1e-3, frames={"run": _RESNET}),
+    Row("segnet", 8, 7, 1e-3, frames={"run": _SEGNET}),
+    Row("segnet_basic", 16, 12, 1e-3, frames={"run": replace(_SEGNET, model="segnet_basic")}),
+    Row("deconvnet", 8, 3, 1e-3, frames=deconvnet_stages(replace(_DECONVNET, data="camvid"))),  # VOC's epochs
+    _tiramisu("fc_densenet56", 5), _tiramisu("fc_densenet67", 3), _tiramisu("fc_densenet103", 2),
+    Row("gridnet", 4, 6, 3e-3, frames={"run": replace(_GRIDNET, data="camvid", eval_size=FRAME, size=(352, 352))}),
 ]}
 
 # %% ../nbs/48_papers.ipynb #92689745
