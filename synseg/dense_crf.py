@@ -7,10 +7,12 @@ __all__ = ['gaussian_kernel', 'normalised', 'ExactFilter', 'mean_field_inplace',
 
 # %% ../nbs/23_dense_crf.ipynb #91362dc7
 import copy, math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from .compiled import mean_field_compiled, wanted
 from .core import VOID
 from .filters import NORMALIZATIONS, PairwiseFilter, gaussian_lattice
 from .labels import check_labels
@@ -71,9 +73,11 @@ class _Settings(nn.Module):
         compatibility: Tensor | None = None, # (K, K): what a label (row) pays for its neighbours' (column); Potts, 1 - I, by default
         exact: bool = False, # every pair, in float64: for small images
         self_term: bool = True, # whether a pixel votes on itself; only the exact form can leave that out
+        compiled: bool | None = None, # whether `mean_field_compiled` runs where it can; by default if numba is installed and SYNSEG_COMPILED is not 0
     ):
         super().__init__()
         _known(normalization)
+        if compiled: wanted(compiled)
         if num_classes < 1 or iterations < 0:
             raise ValueError(f"found num_classes={num_classes}, iterations={iterations}; expected 1 and 0 at least")
         if not (exact or self_term): raise ValueError("the lattice cannot leave out the own vote: self_term=False needs exact=True")
@@ -83,7 +87,7 @@ class _Settings(nn.Module):
         self.gaussian_weight, self.bilateral_weight = weight(gaussian_weight), weight(bilateral_weight)
         self.gaussian_xy, self.bilateral_xy, self.bilateral_rgb = gaussian_xy, bilateral_xy, bilateral_rgb
         self.num_classes, self.iterations, self.normalization = num_classes, iterations, normalization
-        self.trainable, self.exact, self.self_term = trainable, exact, self_term
+        self.trainable, self.exact, self.self_term, self.compiled = trainable, exact, self_term, compiled
         self._plain = compatibility is None and not (trainable or exact) and min(gaussian_weight, bilateral_weight) >= 0
 
     def extra_repr(self) -> str:
@@ -183,6 +187,12 @@ def _mean_field_stable(unary: Tensor, pairwise: PairwiseFilter, iterations: int)
     return q
 
 # %% ../nbs/23_dense_crf.ipynb #3aa80dd8
+def _as_they_are(rows: Tensor) -> Tensor: return rows
+
+def _shifted(rows: Tensor) -> Tensor:
+    "Scores (N, K) whose largest is 0; it is looked for while classes are outermost, for a maximum over short rows is slow"
+    return torch.sub(rows, rows.amax(1, keepdim=True), out=rows.new_empty(rows.shape))
+
 class _Inference(_Pairwise):
     "Mean field"
     def forward(self, log_probs: Tensor, image: Tensor, pairwise: list | None = None) -> Tensor:
@@ -190,8 +200,10 @@ class _Inference(_Pairwise):
         slow = torch.is_grad_enabled() and log_probs.requires_grad or log_probs.dtype == torch.float64
         if slow or not self._plain: return self.log_marginals(log_probs, image, pairwise).exp()
         out = torch.empty_like(log_probs, memory_format=torch.contiguous_format)
-        for one, (filters, unary) in zip(out, self._rows(log_probs, image, pairwise, shift=True)):
-            q = mean_field_inplace(unary, filters[0], self.iterations) if filters else unary.softmax(1)
+        fast = log_probs.device.type == "cpu" and wanted(self.compiled)
+        mean_field, arrange = (mean_field_compiled, _as_they_are) if fast else (mean_field_inplace, _shifted)
+        for one, (filters, unary) in zip(out, self._rows(log_probs, image, pairwise, arrange)):
+            q = mean_field(unary, filters[0], self.iterations) if filters else unary.softmax(1)
             one.copy_(q.T.view(one.shape))
         return out
 
@@ -204,16 +216,13 @@ class _Inference(_Pairwise):
             refined.append(logits.log_softmax(1).T.reshape(log_probs.shape[1:]))
         return torch.stack(refined).to(log_probs.dtype) if refined else torch.zeros_like(log_probs)
 
-    def _rows(self, log_probs: Tensor, image: Tensor, pairwise: list | None, shift: bool = False):
-        "Image after image: its filters, and its scores in rows (H*W, K); with `shift` the largest of each row is 0"
+    def _rows(self, log_probs: Tensor, image: Tensor, pairwise: list | None, arrange: Callable = Tensor.contiguous):
+        "Image after image: its filters, and its scores in rows (H*W, K), arranged"
         _check_scores(log_probs.detach(), image, self.num_classes)
         dtype = torch.float64 if self.exact or log_probs.dtype == torch.float64 else torch.float32
         for i, scores in enumerate(log_probs):
             filters = self.pairwise(image[i].to(dtype))[0] if pairwise is None else pairwise[i]
-            rows = scores.to(dtype).flatten(1).T
-            # the largest is looked for while classes are outermost: a maximum over short rows is slow
-            if shift: yield filters, torch.sub(rows, rows.amax(1, keepdim=True), out=rows.new_empty(rows.shape))
-            else: yield filters, rows.contiguous()
+            yield filters, arrange(scores.to(dtype).flatten(1).T)
 
 # %% ../nbs/23_dense_crf.ipynb #ffbb1b64
 class DenseCRF(_Inference):

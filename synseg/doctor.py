@@ -50,6 +50,7 @@ OPTIONAL = [  # module, what it is for, command
     ("skimage", "the photographs and comparisons of some chapters", 'pip install "synseg[course]"'),
     ("torchmetrics", "check the metrics and their speed against another library", 'pip install "synseg[course]"'),
     ("pydensecrf", "compare the dense CRF with the authors' code, in tests and in synseg benchmark crf (compiled: needs a C++ compiler, fails on Python 3.13)", 'pip install "synseg[crf]"'),
+    ("numba", "compile the mean field of the dense CRF, which makes it faster", 'pip install "synseg[fast]"'),
     ("tensorboard", "synseg train --tensorboard", "pip install tensorboard"),
     ("pytest", "run the tests", 'pip install "synseg[test]"'),
     ("nbdev", "change the course itself", 'pip install "synseg[dev]"'),

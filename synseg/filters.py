@@ -9,7 +9,7 @@ __all__ = ['NORMALIZATIONS', 'Rows', 'transposed', 'blur_matrices', 'Kernel', 'k
 # %% ../nbs/27_filters.ipynb #e00b9174
 import weakref
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import scipy.sparse
 import torch
@@ -43,16 +43,16 @@ def transposed(columns: Tensor, values: Tensor, width: int) -> Rows:
     return Rows(pointers, (where//s).int(), values.flatten()[where])
 
 # %% ../nbs/27_filters.ipynb #fcd583d2
-def blur_matrices(lattice: Lattice) -> list[Rows]:
-    "For each axis the sparse matrix (M, M) with 1 on the diagonal and 1/2 at the neighbours that exist"
-    m, size = lattice.num_vertices, len(lattice.neighbours)
-    itself = torch.arange(m, dtype=torch.int32, device=lattice.neighbours.device).expand(size, m)
-    columns = torch.stack([lattice.neighbours[:, 0], itself, lattice.neighbours[:, 1]], 2)
+def blur_matrices(neighbours: Tensor, dtype: torch.dtype = torch.float32) -> list[Rows]:
+    "For each axis the sparse matrix (M, M) with 1 on the diagonal and 1/2 at the neighbours that exist; `neighbours` as in `Lattice`"
+    size, _, m = neighbours.shape
+    itself = torch.arange(m, dtype=torch.int32, device=neighbours.device).expand(size, m)
+    columns = torch.stack([neighbours[:, 0], itself, neighbours[:, 1]], 2)
     there = columns < m
     pointers = torch.zeros(size, m + 1, dtype=torch.int32, device=columns.device)
     torch.cumsum(there.sum(2, dtype=torch.int32), 1, dtype=torch.int32, out=pointers[:, 1:])
     where, counts = there.flatten().nonzero()[:, 0], pointers[:, -1].tolist()
-    values = torch.tensor([0.5, 1.0, 0.5], device=columns.device).to(lattice.weights).repeat(size*m)
+    values = torch.tensor([0.5, 1.0, 0.5], device=columns.device, dtype=dtype).repeat(size*m)
     parts = (t.flatten().index_select(0, where).split(counts) for t in (columns, values))
     return [Rows(*axis) for axis in zip(pointers, *parts)]
 
@@ -63,23 +63,28 @@ class Kernel:
     """
     One lattice as sparse matrices, its normalisation folded in: K = slice . blur . splat, and with n = 1/(K1 + 1e-20)
     "none" is K, "before" K n, "after" n K, "symmetric" sqrt(n) K sqrt(n), as in Krähenbühl's code.
-    `into` and `outof` (N, d+1) are the weights of splat and of slice; `splat` (M, N) and `blur` the matrices; `scale` is left to apply.
+    `into` and `outof` (N, d+1) are the weights of splat and of slice, `scale` is left to apply; the matrices `splat` (M, N) and `blur`
+    are made when they are first asked for.
     """
     def __init__(self, lattice: Lattice, normalization: str):
-        self.columns, self.height, self.blur = lattice.vertices, lattice.num_vertices, blur_matrices(lattice)
+        self.columns, self.height, self.neighbours = lattice.vertices, lattice.num_vertices, lattice.neighbours
         self.scale = 1/(1 + 2.0**(1 - lattice.weights.shape[1]))
         self.into = self.outof = lattice.weights
         if normalization != "none":
-            n = 1/(self._row_sums(lattice.weights) + 1e-20)
+            n = 1/(self._row_sums(lattice) + 1e-20)
             if normalization == "symmetric": self.into = self.outof = lattice.weights*n.sqrt()
             elif normalization == "before": self.into = lattice.weights*n
             else: self.outof = lattice.weights*n
-        self.splat = transposed(self.columns, self.into, self.height)
 
-    def _row_sums(self, weights: Tensor) -> Tensor:
-        flat, (n, size) = self.columns.flatten(), weights.shape
-        x = torch.bincount(flat, weights.flatten(), minlength=self.height).to(weights)[:, None]
-        for matrix in self.blur: x = matrix @ x
+    @cached_property
+    def splat(self) -> Rows: return transposed(self.columns, self.into, self.height)
+
+    @cached_property
+    def blur(self) -> list[Rows]: return blur_matrices(self.neighbours, self.into.dtype)
+
+    def _row_sums(self, lattice: Lattice) -> Tensor:
+        flat, weights, (n, size) = self.columns.flatten(), lattice.weights, lattice.weights.shape
+        x = lattice.blur(torch.bincount(flat, weights.flatten(), minlength=self.height).to(weights)[:, None])
         return Rows(torch.arange(0, n*size + 1, size, dtype=torch.int32, device=flat.device), flat, weights.flatten()) @ x*self.scale
 
 # %% ../nbs/27_filters.ipynb #2050cad4
@@ -136,15 +141,17 @@ class PairwiseFilter:
         self.factors = [float(w)*k.scale for w, k in zip(weights, self.kernels)] # read at every call
         starts = [sum(k.height for k in self.kernels[:i]) for i in range(len(self.kernels))]
         self.columns = torch.cat([k.columns + start for k, start in zip(self.kernels, starts)], 1)
-        self._splats, self.slices = [k.splat for k in self.kernels], pieces(self.columns, torch.cat([k.outof for k in self.kernels], 1))
-        self._backward = (self._splats, self.slices) if normalization in ("none", "symmetric") else None
+        self._same, self._backward = normalization in ("none", "symmetric"), None
+
+    @cached_property
+    def slices(self) -> list[tuple[slice, Rows]]: return pieces(self.columns, torch.cat([k.outof for k in self.kernels], 1))
 
     @torch.no_grad()
     def vertices(self, q: Tensor, splats: list[Rows] | None = None, step: int = 1) -> Tensor:
         "Splat and blur values (N, C), each kernel times its weight: the table (M, C) in which the pixels read, by `slices`"
         q, tables = q.contiguous(), []
         _check_values(q, self.kernels[0].outof)
-        for kernel, splat, factor in zip(self.kernels, splats or self._splats, self.factors):
+        for kernel, splat, factor in zip(self.kernels, splats or [k.splat for k in self.kernels], self.factors):
             x = (splat @ q).mul_(factor)
             for matrix in kernel.blur[::step]: x = matrix @ x
             tables.append(x)
@@ -157,8 +164,8 @@ class PairwiseFilter:
     def adjoint(self, q: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         "The transposed filter, same arguments: splat and slice change places and the blurs run backwards"
         if self._backward is None:
-            splats = [transposed(k.columns, k.outof, k.height) for k in self.kernels]
-            self._backward = splats, pieces(self.columns, torch.cat([k.into for k in self.kernels], 1))
+            cut = self.slices if self._same else pieces(self.columns, torch.cat([k.into for k in self.kernels], 1))
+            self._backward = [k.splat if self._same else transposed(k.columns, k.outof, k.height) for k in self.kernels], cut
         splats, slices = self._backward
         return read_vertices(slices, self.vertices(q, splats, -1), torch.empty_like(q) if out is None else out, bias)
 

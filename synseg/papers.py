@@ -10,7 +10,7 @@ __all__ = ['FRAME', 'TILES', 'SUMMED_RATE', 'VOC_PIXELS', 'ROWS', 'HELD_OUT', 'P
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from .plans import Recipe, each, one, profiles, ranked, staged
+from .plans import Recipe, one, ranked, staged
 from .runs import Run
 
 # %% ../nbs/48_papers.ipynb #1b97add4

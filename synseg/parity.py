@@ -21,7 +21,7 @@ from .conv import Costs, multiply_adds
 from .fcn import pool_ladder
 from .segmenter import Segmenter
 from .segnet import encode
-from .zoo import create_model, list_models, model_info
+from .zoo import create_model, model_info
 
 # %% ../nbs/46_parity.ipynb #63401531
 SIZE = (360, 480)  # height and width at which multiply-adds are counted: CamVid's
@@ -217,6 +217,7 @@ def _smp_state(theirs: nn.Module, ours: nn.Module) -> dict:
         state[key], behind = state[key].roll(-behind, 1), len(state[key])
     return state
 
+# %% ../nbs/46_parity.ipynb #2fb43e97
 def _last(encoder: nn.Module, x: Tensor) -> Tensor: return encoder(x)[-1]
 
 _ENCODERS = ("vgg16", "vgg16_bn", "resnet18", "resnet50", "resnet101", "mobilenet_v2")

@@ -15,6 +15,7 @@ import torch, torch.nn.functional as F
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
+from .compiled import available
 from .conv_crf import ConvCRF
 from .core import VOID
 from .dense_crf import DenseCRF
@@ -131,19 +132,28 @@ def crf_entries(size, device) -> list[Entry]:
 
 # %% ../nbs/81_rivals.ipynb #8e41c168
 def _dense_entries(name: str, log_probs: Tensor, image: Tensor, device) -> list[Entry]:
-    crf, u, x, size = DenseCRF(log_probs.shape[1]).to(device), log_probs.to(device), image[None].to(device), image.shape[1:]
+    crf, u, x, size = DenseCRF(log_probs.shape[1], compiled=False).to(device), log_probs.to(device), image[None].to(device), image.shape[1:]
     call = torch.no_grad()(lambda i: crf(u, x))
     total, only = f"dense, in full, {name}", f"dense, 10 iterations alone, {name}"
     pairwise = crf.pairwise(x)
     found = [Entry(total, "synseg, first image of its size", call, before=_forget_lattices),
              Entry(total, "synseg, later images of its size", call, before=lambda: crf.pairwise(x)),
              Entry(only, "synseg", torch.no_grad()(lambda i: crf(u, x, pairwise=pairwise)))]
+    if available() and device.type == "cpu": found += _compiled_entries(total, only, u, x)
     if missing({"pydensecrf": ""}): return found
     fields = []
     return found + [
         Entry(total, "pydensecrf2", lambda i: _marginals(_pydensecrf(log_probs, image), 10, size), peer=True),
         Entry(only, "pydensecrf2", lambda i: _marginals(fields.pop(), 10, size), peer=True,
               before=lambda: fields.append(_pydensecrf(log_probs, image)))]
+
+def _compiled_entries(total: str, only: str, u: Tensor, x: Tensor) -> list[Entry]:
+    crf = DenseCRF(u.shape[1], compiled=True)
+    call, pairwise = torch.no_grad()(lambda i=0, p=None: crf(u, x, pairwise=p)), crf.pairwise(x)
+    call(p=pairwise) # translated, and its parts numbered, as lattices are built, before the clock starts
+    return [Entry(total, "synseg, compiled, first image of its size", lambda i: call(), before=_forget_lattices),
+            Entry(total, "synseg, compiled, later images of its size", lambda i: call(), before=lambda: crf.pairwise(x)),
+            Entry(only, "synseg, compiled", lambda i: call(p=pairwise))]
 
 def _conv_entries(log_probs: Tensor, image: Tensor, device) -> list[Entry]:
     u, x, size, group = log_probs.to(device), image[None].to(device), image.shape[1:], "ConvCRF, window 11, 5 iterations, street"
@@ -163,14 +173,15 @@ def crf_agree(size) -> dict:
     "Largest differences of marginals: from the exact answer on a small picture, and from pydensecrf2"
     image, log_probs = pictures(SMALL)["china"], unaries(SMALL)
     exact = DenseCRF(CLASSES, exact=True)(log_probs, image[None])
-    found = _difference(f"synseg from exact, {SMALL[0]}x{SMALL[1]}", DenseCRF(CLASSES)(log_probs, image[None]), exact)
+    found = _difference(f"synseg from exact, {SMALL[0]}x{SMALL[1]}", DenseCRF(CLASSES, compiled=False)(log_probs, image[None]), exact)
     if missing({"pydensecrf": ""}): return found
     found |= _difference(f"pydensecrf2 from exact, {SMALL[0]}x{SMALL[1]}", _marginals(_pydensecrf(log_probs, image), 10, SMALL), exact)
     log_probs = unaries(size)
     for name in ("china", "street"):
         image = pictures(size)[name]
         theirs = _marginals(_pydensecrf(log_probs, image), 10, size)
-        found |= _difference(f"synseg from pydensecrf2, {name}", DenseCRF(CLASSES)(log_probs, image[None]), theirs)
+        for text, choice in [("synseg", False), ("synseg, compiled,", True)][:1 + available()]:
+            found |= _difference(f"{text} from pydensecrf2, {name}", DenseCRF(CLASSES, compiled=choice)(log_probs, image[None]), theirs)
     return found
 
 def _difference(text: str, a: Tensor, b: Tensor) -> dict:
@@ -184,7 +195,7 @@ def _given(height: int, width: int, classes: int) -> tuple[Tensor, Tensor]:
 
 def dense_memory(height: int, width: int, classes: int = CLASSES) -> Callable:
     "What `peak_memory` calls: the dense field at this size"
-    (log_probs, image), crf = _given(height, width, classes), DenseCRF(classes)
+    (log_probs, image), crf = _given(height, width, classes), DenseCRF(classes, compiled=False)
     return torch.no_grad()(lambda: crf(log_probs, image[None]))
 
 def conv_memory(height: int, width: int, classes: int = CLASSES) -> Callable:

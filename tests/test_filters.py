@@ -47,11 +47,11 @@ def test_blur_matrices_are_symmetric_and_equal_the_lattices_blur():
     lattice = both(13, 17)[1]
     m = lattice.num_vertices
     x, eye = torch.rand(m, 3), torch.eye(m)
-    for matrix in blur_matrices(lattice):
+    for matrix in blur_matrices(lattice.neighbours, lattice.weights.dtype):
         dense = matrix @ eye
         assert torch.equal(dense, dense.T) and torch.equal(dense.diag(), torch.ones(m)) and set(dense.unique().tolist()) <= {0, 0.5, 1}
     want = lattice.blur(x)
-    for matrix in blur_matrices(lattice): x = matrix @ x
+    for matrix in blur_matrices(lattice.neighbours, lattice.weights.dtype): x = matrix @ x
     torch.testing.assert_close(x, want, rtol=1e-4, atol=1e-5)
 
 

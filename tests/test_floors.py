@@ -9,7 +9,7 @@ FLOOR = dict(
     core=0,
     check=1, labels=1, runstate=1, things=1, stopwatch=1, frames=1,
     street=2, show=2, metrics=2, losses=2, transforms=2, schedules=2, files=2, kmeans=2, cuts=2, lattice=2, conv=2,
-    town=3, camera=3, layouts=3, scoring=3, segmenter=3, grid_crf=3, filters=3, window=3, upsample=3, dilate=3,
+    town=3, camera=3, layouts=3, compiled=2, scoring=3, segmenter=3, grid_crf=3, filters=3, window=3, upsample=3, dilate=3,
     scenes=4, datasets=4, callbacks=4, dense_crf=4, conv_crf=4, blocks=4,
     engine=5, backbone=5, rivals=5,
     unet=6,
@@ -23,7 +23,7 @@ FLOOR = dict(
 )
 NETWORKS = {"segmenter", "conv", "upsample", "dilate", "blocks", "backbone", "unet", "fcn", "segnet", "tiramisu", "gridnet",
             "pretrained", "zoo"}
-CLASSICAL = {"kmeans", "cuts", "lattice", "grid_crf", "filters", "window", "dense_crf", "conv_crf"}
+CLASSICAL = {"kmeans", "cuts", "lattice", "grid_crf", "filters", "compiled", "window", "dense_crf", "conv_crf"}
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
 
 
