@@ -135,6 +135,8 @@ class XceptionBlock(nn.Module):
 
 class XceptionFlow(nn.ModuleList):
     "Xception's blocks, one after the other"
+    def __init__(self, blocks: list[XceptionBlock]): super().__init__(blocks)
+
     def road(self, x: Tensor) -> Iterator[Tensor]:
         "Two maps of each block: what its third convolution reads, and what leaves it"
         for block in self:

@@ -56,7 +56,7 @@ def recipe_run(
     \b
     Example:
       synseg recipe run scenes_domain_gap --profile cpu --out runs --record results
-      synseg recipe run camvid_fcn8s --profile cpu --data-root data/camvid --encoder-weights vgg16-397923af.pth
+      synseg recipe run camvid_unet_mobilenet_v2 --profile cpu --data-root data/camvid --encoder-weights mobilenet_v2.pth
     """
     from synseg.recipes import recipe
     try: metrics = recipe(name).run(profile, data_root, out, record, encoder_weights)

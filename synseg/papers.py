@@ -54,7 +54,7 @@ def deconvnet_stages(run: Run = _DECONVNET, images: int = 10_582) -> dict[str, R
 def tiramisu_stages(model: str) -> dict[str, Run]:
     "RMSprop on crops of 224, the rate down by 0.5 % per epoch, then whole frames at a tenth of it"
     crops = Run(model=model, data="camvid", size=(224, 224), eval_size=FRAME, optimizer="rmsprop", lr=1e-3, weight_decay=2e-4,
-                optimizer_options=dict(alpha=0.9, eps=1e-3), batch_size=3, class_weights=None, epochs=750, augment=TILES,
+                optimizer_options=dict(alpha=0.9, eps=1e-3), batch_size=3, options=dict(batch_statistics=True), class_weights=None, epochs=750, augment=TILES,
                 schedule="exponential", schedule_options=dict(end=0.995**750))  # Lasagne's penalty of 1e-4 is a decay of 2e-4
     frames = replace(crops, size=FRAME, lr=1e-4, epochs=250, schedule_options=dict(end=0.995**250))
     return _chain({"crops": crops, "frames": frames})
@@ -73,6 +73,7 @@ class Row:
     lr: float = 3e-3  # of the cpu run
     stages: tuple[str, ...] = ()  # networks trained one from the other, the last being `model`
     frames: Mapping[str, Run] = field(default_factory=dict)  # gpu, on CamVid
+    options: Mapping = field(default_factory=dict)  # of the network, in the smoke and cpu runs
 
 def _stages(row: Row, run: Run, share=(0.5, 0.25, 0.25)) -> dict[str, Run]:
     "One training, or a chain of them that shares the epochs out; later stages at a third of the rate"
@@ -84,11 +85,11 @@ def _stages(row: Row, run: Run, share=(0.5, 0.25, 0.25)) -> dict[str, Run]:
 
 def smoke(row: Row) -> dict[str, Run]:
     "Narrow, on a few small scenes, two epochs per stage: it shows that everything is wired"
-    return _stages(row, Run(images=16, size=(64, 96), epochs=2, batch_size=4, options={"width": row.narrow}))
+    return _stages(row, Run(images=16, size=(64, 96), epochs=2, batch_size=4, options={"width": row.narrow} | row.options))
 
 def cpu(row: Row, hold_out: str | None = None) -> dict[str, Run]:
     "The paper's network on CamVid at 120x160, five to ten minutes on one quiet thread"
-    return _stages(row, Run(data="camvid", size=(120, 160), batch_size=4, hold_out=hold_out))
+    return _stages(row, Run(data="camvid", size=(120, 160), batch_size=4, hold_out=hold_out, options=dict(row.options)))
 
 # %% ../nbs/48_papers.ipynb #6cfffd83
 def _tiramisu(model: str, epochs: int) -> Row: return Row(model, 12, epochs, 1e-3, frames=tiramisu_stages(model))
@@ -96,7 +97,8 @@ def _tiramisu(model: str, epochs: int) -> Row: return Row(model, 12, epochs, 1e-
 _RESNET = Run(model="fcn_resnet50", data="camvid", size=FRAME, lr=1e-3, batch_size=8, epochs=300)  # no paper: the course's
 
 ROWS: dict[str, Row] = {row.model: row for row in [
-    Row("fcn8s", 8, 4, 1e-4, stages=("fcn32s", "fcn16s", "fcn8s"), frames=_CAMVID_FCN),
+    Row("fcn8s", 8, 4, 1e-4, stages=("fcn32s", "fcn16s", "fcn8s"), frames=_CAMVID_FCN,
+        options={"padding": 1}),  # 100 would make the first map of so small an image six times as large
     Row("fcn_resnet50", 8, 6, 1e-3, frames={"run": _RESNET}),
     Row("segnet", 8, 7, 1e-3, frames={"run": _SEGNET}),
     Row("segnet_basic", 16, 12, 1e-3, frames={"run": replace(_SEGNET, model="segnet_basic")}),
