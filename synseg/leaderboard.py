@@ -37,6 +37,12 @@ class Entry:
     pixel_accuracy: float | None = None
     held_out: float | None = None  # mean IoU of the last weights on a sequence that was left out of training
     machine: str = ""
+    encoder: str | None = None  # where it is not the paper's
+
+    @property
+    def label(self) -> str:
+        "The network, and whose encoder it has"
+        return self.model + (f" on {self.encoder}" if self.encoder else "")
 
     @property
     def command(self) -> str:
@@ -88,12 +94,12 @@ def _entry(name: str, record: Mapping | None, held: Mapping | None) -> Entry:
     left = held["metrics"].get("mean_iou_last", held["metrics"]["mean_iou"]) if held else None
     if record is None:
         run = last_of({n: vars(r) for n, r in RECIPES[name].profiles["cpu"].items()})
-        return Entry(name, run["model"], parameters=parameters_of(run), held_out=left)
+        return Entry(name, run["model"], parameters=parameters_of(run), held_out=left, encoder=run["encoder"])
     runs, scores = record["config"]["runs"], record["metrics"]
     run, size = last_of(runs), tuple(last_of(runs)["size"])
     return Entry(name, run["model"], record["config"]["profile"], start_of(runs), size, scores.get("trained_images"),
                  scores.get("minutes"), parameters_of(run), scores["mean_iou"], scores.get("mean_iou_last"),
-                 scores.get("pixel_accuracy"), left, machine_of(record))
+                 scores.get("pixel_accuracy"), left, machine_of(record), run["encoder"])
 
 # %% ../nbs/47_leaderboard.ipynb #4774dd3d
 PUBLISHED: dict[str, tuple[float, float, str]] = {  # mean IoU and pixel accuracy on test, and where that is printed
@@ -113,9 +119,9 @@ def leaderboard(folder: str | Path | None = None) -> Sheet:
     "The table of all recipes on CamVid; scores in per cent"
     percent = lambda v: None if v is None else f"{100 * v:.1f}"
     def row(e: Entry):
-        if not e.profile: return (e.model, e.parameters, *["not run"] * 6, percent(e.held_out) or "not run", "not run", "")
+        if not e.profile: return (e.label, e.parameters, *["not run"] * 6, percent(e.held_out) or "not run", "not run", "")
         val, held = f"{percent(e.mean_iou)} / {percent(e.last) or '–'}", percent(e.held_out) or "not run"
-        return (e.model, e.parameters, e.profile, e.start, f"{e.size[0]}x{e.size[1]}", e.images, e.minutes,
+        return (e.label, e.parameters, e.profile, e.start, f"{e.size[0]}x{e.size[1]}", e.images, e.minutes,
                 val, held, percent(e.pixel_accuracy), e.machine)
     return Sheet(["network", "parameters", "profile", "from", "trained at", "pictures seen", "minutes", "val mIoU best / last",
                   "held-out mIoU", "val pixels", "machine"], map(row, entries(folder)))
