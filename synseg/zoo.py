@@ -18,10 +18,16 @@ from torch import Tensor, nn
 from .core import atomic_path
 from .labels import LabelSpace
 from .segmenter import ModelEntry, ModelInfo, Segmenter
+from .deeplab import ENTRIES as DEEPLABS
+from .dilated_vgg import ENTRIES as DILATED
 from .fcn import ENTRIES as FCNS
 from .gridnet import ENTRIES as GRIDNETS
+from .hrnet import ENTRIES as HRNETS
+from .mssa import ENTRIES as MSSAS
 from .pretrained import ENTRIES as PRETRAINED
+from .pspnet import ENTRIES as PSPNETS
 from .segnet import ENTRIES as SEGNETS
+from .spinenet import ENTRIES as SPINENETS
 from .tiramisu import ENTRIES as TIRAMISUS
 from .unet import ENTRIES as UNETS
 
@@ -29,7 +35,8 @@ from .unet import ENTRIES as UNETS
 __all__ = ['list_models', 'model_info', 'model_options', 'ModelCard', 'create_model', 'save_model', 'read_card', 'load_model']
 
 # %% ../nbs/15_zoo.ipynb #2aedb9ff
-_ENTRIES: dict[str, ModelEntry] = {**UNETS, **PRETRAINED, **FCNS, **SEGNETS, **TIRAMISUS, **GRIDNETS}
+_ENTRIES: dict[str, ModelEntry] = {**UNETS, **PRETRAINED, **FCNS, **SEGNETS, **TIRAMISUS, **GRIDNETS,
+                                 **DILATED, **DEEPLABS, **PSPNETS, **HRNETS, **SPINENETS, **MSSAS}
 
 def list_models() -> list[str]:
     "Names that `create_model` knows"
