@@ -18,11 +18,16 @@ from torch import Tensor, nn
 from .core import atomic_path
 from .labels import LabelSpace
 from .segmenter import ModelEntry, ModelInfo, Segmenter
+from .bisenet import ENTRIES as BISENETS
+from .contextnet import ENTRIES as CONTEXTNETS
 from .deeplab import ENTRIES as DEEPLABS
 from .dilated_vgg import ENTRIES as DILATED
+from .enet import ENTRIES as ENETS
 from .fcn import ENTRIES as FCNS
+from .frrn import ENTRIES as FRRNS
 from .gridnet import ENTRIES as GRIDNETS
 from .hrnet import ENTRIES as HRNETS
+from .icnet import ENTRIES as ICNETS
 from .mssa import ENTRIES as MSSAS
 from .pretrained import ENTRIES as PRETRAINED
 from .pspnet import ENTRIES as PSPNETS
@@ -36,7 +41,8 @@ __all__ = ['list_models', 'model_info', 'model_options', 'ModelCard', 'create_mo
 
 # %% ../nbs/15_zoo.ipynb #2aedb9ff
 _ENTRIES: dict[str, ModelEntry] = {**UNETS, **PRETRAINED, **FCNS, **SEGNETS, **TIRAMISUS, **GRIDNETS,
-                                 **DILATED, **DEEPLABS, **PSPNETS, **HRNETS, **SPINENETS, **MSSAS}
+                                 **DILATED, **DEEPLABS, **PSPNETS, **HRNETS, **SPINENETS, **MSSAS,
+                                 **CONTEXTNETS, **ENETS, **ICNETS, **BISENETS, **FRRNS}
 
 def list_models() -> list[str]:
     "Names that `create_model` knows"
