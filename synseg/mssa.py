@@ -76,6 +76,14 @@ class DilatedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return F.relu(x + self.conv(x))
 
+RATES = ((2,), (2,), (2,), (2, 4))  # dilation rates of the blocks of each stage: our reading
+
+def _check_options(width, rates) -> None:
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"width is {width!r}; it must be a whole number of at least 1")
+    if len(rates) != len(SHAPES) or any(not isinstance(r, int) or r < 1 for stage in rates for r in stage):
+        raise ValueError(f"rates are {rates!r}; expected whole numbers from 1 up for each of {len(SHAPES)} stages, as {RATES}")
+
 def dilated_stage(c_in: int, c_out: int, rates: tuple[int, ...] = (2,), conv: Callable = SeparableConv) -> nn.Sequential:
     "Halve the map with a 3x3 `conv`, then one `DilatedBlock` for each rate: (N, c_in, H, W) -> (N, c_out, H/2, W/2)"
     return nn.Sequential(conv(c_in, c_out, stride=2), *(DilatedBlock(c_out, r) for r in rates))
@@ -98,8 +106,6 @@ class Fuse(nn.Module):
         return self.atrous(F.relu(self.norm(self.skip(skip) + z)))
 
 # %% ../nbs/55_mssa.ipynb #a83d32aa
-RATES = ((2,), (2,), (2,), (2, 4))  # dilation rates of the blocks of each stage: our reading
-
 class MSSA(Segmenter):
     """Attention at every scale (Sagar & Soundrapandiyan 2020, architecture figure), as we read it; see `DETAILS`.
 
@@ -107,10 +113,7 @@ class MSSA(Segmenter):
     spatial or none. `rates`: dilation rates of each stage's blocks. ValueError for values that are none."""
     def __init__(self, num_classes: int, in_channels: int = 3, *, width: int = 8, attention: str = "channel",
                  rates: tuple[tuple[int, ...], ...] = RATES):
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ValueError(f"width is {width!r}; it must be a whole number of at least 1")
-        if len(rates) != len(SHAPES) or any(not isinstance(r, int) or r < 1 for stage in rates for r in stage):
-            raise ValueError(f"rates are {rates!r}; expected whole numbers from 1 up for each of {len(SHAPES)} stages, as {RATES}")
+        _check_options(width, rates)
         super().__init__(num_classes, in_channels, stride=2**len(SHAPES))
         c = [width * n // SHAPES[0][1] for _, n in SHAPES]
         self.stages = nn.ModuleList(dilated_stage(a, b, tuple(r), SeparableConv if i else ConvNormAct)
