@@ -138,11 +138,11 @@ class ContextNet(Segmenter):
 
     def __init__(self, num_classes: int, in_channels: int = 3, *, width: float = 1.0, aux: bool = False, pyramid: bool = True,
                  asymmetric: int | None = None, branches: Sequence[str] = BRANCHES, dropout: float = 0.1):
-        design, self_branches = self.design.scaled(width), _checked(branches)
+        design, branches = self.design.scaled(width), _checked(branches)
         super().__init__(num_classes, in_channels, stride=design.stride)
-        deep, shallow = ("context" in self_branches), ("detail" in self_branches)
+        self.design, self.branches, self.on = design, branches, branches
+        deep, shallow = "context" in branches, "detail" in branches
         if aux and not deep: raise ValueError("aux=True reads the context branch, which branches=('detail',) leaves out")
-        self.design, self.branches, self.on = design, self_branches, self_branches
         self.context = ContextBranch(in_channels, design, pyramid, asymmetric) if deep else None
         self.detail = nn.ModuleList(DetailBranch(in_channels, design.shallow) for _ in design.detail if shallow)
         ratios = [a // b for a, b in zip((design.context, *design.detail), design.detail)]
