@@ -129,11 +129,8 @@ def _checked(names: Sequence[str], known: Sequence[str] = BRANCHES) -> tuple[str
     return tuple(b for b in BRANCHES if b in names)
 
 # %% ../nbs/60_contextnet.ipynb #f6422eae
-class ContextNet(Segmenter):
-    """ContextNet (Poudel et al. 2018, fig. 1) as its `design` says: one deep branch, one or two shallow ones, a sum, a 1x1.
-
-    `width` multiplies all widths. `aux=True` adds the training head on the context branch. `pyramid=False` and `asymmetric=7` are
-    the paper's ablations (section 2.2.3), `branches=('context',)` or `('detail',)` a branch alone. ValueError for other values."""
+class _Branches(Segmenter):
+    "What the network is made of: `context`, `detail`, `fusions`, `head` and, for training, `aux_head`"
     design = DESIGNS["cn14"]
 
     def __init__(self, num_classes: int, in_channels: int = 3, *, width: float = 1.0, aux: bool = False, pyramid: bool = True,
@@ -151,6 +148,12 @@ class ContextNet(Segmenter):
         self.dropout, self.head = nn.Dropout(dropout), nn.Conv2d(design.last, num_classes, 1)
         self.aux_head = nn.Conv2d(design.last, num_classes, 1) if aux else None
 
+# %% ../nbs/60_contextnet.ipynb #38952abd
+class ContextNet(_Branches):
+    """ContextNet (Poudel et al. 2018, fig. 1) as its `design` says: one deep branch, one or two shallow ones, a sum, a 1x1.
+
+    `width` multiplies all widths. `aux=True` adds the training head on the context branch. `pyramid=False` and `asymmetric=7` are
+    the paper's ablations (section 2.2.3), `branches=('context',)` or `('detail',)` a branch alone. ValueError for other values."""
     def switch(self, *names: str) -> "ContextNet":
         "Only these branches speak, all if none is named: the others' terms are left out of the sums. Returns the network"
         self.on = _checked(names or self.branches, self.branches)
@@ -163,6 +166,7 @@ class ContextNet(Segmenter):
         return low, [b(i) for b, i in zip(self.detail, images)] if "detail" in self.on else [None] * len(images)
 
     def fused(self, x: Tensor, low: Tensor | None, high: Sequence[Tensor | None]) -> Tensor:
+        "The sum of both sides, at 1/8 of the prepared image `x`; None for a branch that is off"
         for fusion, h, d in zip(self.fusions, high, self.design.detail):
             low = fusion(low, h, (x.shape[-2] // (8 * d), x.shape[-1] // (8 * d)))
         return low
