@@ -70,6 +70,7 @@ def bottleneck(c_in: int, c_out: int, stride: int, expansion: int, asymmetric: i
             ConvNormAct(wide, wide, (1, asymmetric), (1, stride), groups=wide, act=nn.ReLU6))
     return block
 
+# %% ../nbs/60_contextnet.ipynb #3008fff4
 class ContextBranch(nn.Module):
     """Table 2: 38 convolutions on a small image, (N, C, h, w) -> (N, last, h/8, w/8).
 
