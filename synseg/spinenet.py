@@ -84,7 +84,7 @@ def draw_table(ax, table: Table, labels: bool = True, loose: Sequence[Block] = (
         plain = b.kind == "bottleneck"
         ax.plot(i, b.level, "s" if plain else "D", ms=11 if plain else 10, mec=COLOURS[2] if b.output else COLOURS[not plain],
                 mew=2, mfc=COLOURS[not plain] if known else "white", zorder=2)
-        if labels and known: ax.text(i, b.level, i, color="white", ha="center", va="center", fontsize=6, zorder=3)
+        if labels and known: ax.text(i, b.level, i, color="white" if plain else "black", ha="center", va="center", fontsize=6, zorder=3)
     ax.set(xlim=(-0.7, len(table) + len(loose) - 0.3), ylim=(7.6, 1.4), yticks=range(2, 8), yticklabels=[f"1/{2**n}" for n in range(2, 8)], xticks=[])
     ax.grid(axis="y", lw=0.4)
 
@@ -122,6 +122,7 @@ def checked(table: Sequence) -> Table:
     if idle: raise ValueError(f"rows {idle} are read by nobody and are no outputs: give them a reader or leave them out")
     return table
 
+# %% ../nbs/54_spinenet.ipynb #017be14b
 def ordered(table: Table) -> Table:
     """The same blocks in the ordinary order: finest first, each reading the two before it; then outputs, coarsest first.
 
@@ -139,12 +140,8 @@ def ordered(table: Table) -> Table:
 TABLES: dict[str, Table] = {"spinenet49": SPINENET49, "ordered": ordered(SPINENET49), "r0_sp53": R0_SP53}
 
 # %% ../nbs/54_spinenet.ipynb #55f70078
-class Spine(nn.Module):
-    """Any table as a network: images (N, in_channels, H, W) -> {level: (N, features, H / 2**level, W / 2**level)} of its outputs.
-
-    A row with two parents is ReLU of the resampled sum, then its block; one with a single parent is that block on it, strided where
-    the level drops; row 0 reads a 7x7 convolution and a pool. `alpha` is the width of a resampling in units of the parent's 3x3,
-    `repeats` how often each block is repeated. H and W: multiples of 2**(coarsest level). ValueError for a table that is none."""
+class _Rows(nn.Module):
+    "What a table is made of: `stem`, a group of blocks for each row, `resample` for each arrow into a sum, `endpoints`"
     def __init__(self, table: Sequence = SPINENET49, in_channels: int = 3, width: int = 64, features: int = 256, alpha: float = 0.5,
                  repeats: int = 1, widths: dict[int, int] = WIDTHS):
         super().__init__()
@@ -163,11 +160,21 @@ class Spine(nn.Module):
                 self.resample[f"{p}_{i}"] = Resample(outside[p], mid, c, b.level - self.table[p].level)
             if b.output: self.endpoints[str(b.level)] = ConvNormAct(c, features, 1, norm=_norm)
         he_fan_out_(self)
+        for block in (block for group in self.blocks for block in group):  # a block starts as its shortcut (Goyal et al. 2017)
+            nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
 
+# %% ../nbs/54_spinenet.ipynb #eb442666
+class Spine(_Rows):
+    """Any table as a network: images (N, in_channels, H, W) -> {level: (N, features, H / 2**level, W / 2**level)} of its outputs.
+
+    A row with two parents is ReLU of the resampled sum, then its block; one with a single parent is that block on it, strided where
+    the level drops; row 0 reads a 7x7 convolution and a pool. `alpha` is the width of a resampling in units of the parent's 3x3,
+    `repeats` how often each block is repeated. H and W: multiples of 2**(coarsest level). ValueError for a table that is none."""
     def maps(self, x: Tensor) -> list[Tensor]:
         "The map of every row; ValueError where batch norm would have to train on one value"
         smallest, maps = 2**max(b.level for b in self.table), []
-        if x.shape[0] * (x.shape[-2] // smallest) * (x.shape[-1] // smallest) == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.modules()):
+        values = x.shape[0] * (x.shape[-2] // smallest) * (x.shape[-1] // smallest)
+        if values == 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.modules()):
             raise ValueError(f"one image of {x.shape[-2]}x{x.shape[-1]} found: at 1/{smallest} it is a single value for each channel, and batch norm "
                              "needs two or more to train: use batches of two or more, larger images, or freeze the norms (eval)")
         for i, (b, block) in enumerate(zip(self.table, self.blocks)):
@@ -223,4 +230,4 @@ ENTRIES = {"spinenet49": ModelEntry(SpineNet, ModelInfo(
      "max pools are centred, as in torchvision; TensorFlow's add their odd pixel at the right and below",
      "ReLU, and blocks are never dropped: the paper's protocols A and B; C takes swish and stochastic depth",
      "running statistics of batch norm follow each batch by 0.1, where the authors' follow by 0.01 over far longer training",
-     "weights start as in He et al. 2015, fan out, like every ResNet of this course")))}
+     "weights start as in He et al. 2015, fan out, and the last norm of each block at 0, so that it starts as its shortcut")))}
