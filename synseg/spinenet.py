@@ -117,7 +117,8 @@ def checked(table: Sequence) -> Table:
         if any(p not in range(i) for p in b.parents): refuse("parents are earlier rows, counted from 0")
         if len(b.parents) == 1 and b.level < table[b.parents[0]].level: refuse("a row with a single parent cannot be finer than it")
     levels, used = sorted(b.level for b in table if b.output), {j for j, _ in edges(table)}
-    if not levels or len(set(levels)) < len(levels): raise ValueError(f"outputs at levels {levels} found; expected one or more, each of its own level")
+    if not levels or len(set(levels)) < len(levels):
+        raise ValueError(f"outputs at levels {levels} found; expected one or more, each of its own level")
     idle = [i for i, b in enumerate(table) if i not in used and not b.output]
     if idle: raise ValueError(f"rows {idle} are read by nobody and are no outputs: give them a reader or leave them out")
     return table
