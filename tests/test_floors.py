@@ -14,7 +14,7 @@ FLOOR = dict(
     engine=5, backbone=5, rivals=5,
     unet=6,
     fcn=7, segnet=7, tiramisu=7, gridnet=7, pretrained=7,
-    dilated_vgg=7, deeplab=7, pspnet=7, hrnet=7, spinenet=7, mssa=7,
+    dilated_vgg=7.5, deeplab=7, pspnet=6.5, hrnet=7, spinenet=7, mssa=7,
     contextnet=7, enet=7, icnet=7, bisenet=7, frrn=7,
     zoo=8,
     train=9, inference=9, crf_fit=9, compress=9,
