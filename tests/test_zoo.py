@@ -15,7 +15,9 @@ from synseg.zoo import (ModelCard, create_model, list_models, load_model, model_
 SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(width=2),
          "segnet": dict(width=4), "segnet_basic": dict(width=4), "deconvnet": dict(width=2),
          "fcn32s": dict(width=4), "fcn16s": dict(width=4), "fcn8s": dict(width=4), "fcn_resnet50": dict(width=8),
-         "fcn_resnet101": dict(width=8)}
+         "fcn_resnet101": dict(width=8),
+         **{f"hrnet_{n}": dict(width=4, modules=[1, 1, 1], blocks=1, first=[1, 4], stem=8)
+            for n in ("w18", "w32", "w48", "w18_small_v1", "w18_small_v2")}}
 
 
 @pytest.fixture
