@@ -37,7 +37,7 @@ LAYOUTS = {
     "hrnet_w18_small_v2": Layout(18, (1, 3, 2), 2, (2, 64)),
 }
 
-# %% ../nbs/53_hrnet.ipynb #ec13601a
+# %% ../nbs/53_hrnet.ipynb #1fabe9ae
 def lane(c_in: int, c_out: int, down: int) -> nn.Module:
     """The way from one stream to another, `down` halvings below it (Sun et al. 2019, fig. 3); no ReLU at its end.
 
@@ -50,6 +50,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     "Bilinear, pixel centres aligned: (N, C, h, w) -> (N, C, *size)"
     return x if x.shape[-2:] == torch.Size(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
+# %% ../nbs/53_hrnet.ipynb #3122aa7b
 class Exchange(nn.ModuleList):
     """Each stream becomes ReLU of the sum of all streams, every one brought to its size and width by a lane.
 
@@ -60,6 +61,12 @@ class Exchange(nn.ModuleList):
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         arrive = lambda i: sum(resize(way(x), maps[i].shape[-2:]) for way, x in zip(self[i], maps))
         return [F.relu(arrive(i)) for i in range(len(self))]
+
+# %% ../nbs/53_hrnet.ipynb #5d7569f9
+EXCHANGES = {"always": lambda stage, module, modules: True,
+             "stage": lambda stage, module, modules: module == modules[stage] - 1,
+             "last": lambda stage, module, modules: stage == len(modules) - 1 and module == modules[stage] - 1,
+             "never": lambda stage, module, modules: False}
 
 # %% ../nbs/53_hrnet.ipynb #077daa15
 class StreamModule(nn.Module):
@@ -77,12 +84,7 @@ def transition(before: Sequence[int], widths: Sequence[int]) -> nn.ModuleList:
     kept = [nn.Identity() if a == b else ConvNormAct(a, b) for a, b in zip(before, widths)]
     return nn.ModuleList([*kept, *(nn.Sequential(ConvNormAct(before[-1], c, 3, 2)) for c in widths[len(before):])])
 
-# %% ../nbs/53_hrnet.ipynb #19d5a846
-EXCHANGES = {"always": lambda stage, module, modules: True,
-             "stage": lambda stage, module, modules: module == modules[stage] - 1,
-             "last": lambda stage, module, modules: stage == len(modules) - 1 and module == modules[stage] - 1,
-             "never": lambda stage, module, modules: False}
-
+# %% ../nbs/53_hrnet.ipynb #f454cc56
 class Streams(nn.Module):
     """HRNet before its head: an image (N, in_channels, H, W) to four maps at 1/4, 1/8, 1/16 and 1/32, C, 2C, 4C and 8C wide.
 
@@ -116,7 +118,7 @@ class Streams(nn.Module):
             maps = stage([step(maps[min(i, len(maps) - 1)]) for i, step in enumerate(begin)])
         return maps
 
-# %% ../nbs/53_hrnet.ipynb #fcb23755
+# %% ../nbs/53_hrnet.ipynb #71d81e59
 def _whole(**values) -> None:
     for what, v in values.items():
         if isinstance(v, bool) or not isinstance(v, int) or v < 1:
@@ -130,6 +132,7 @@ def _layout(width, modules, blocks, first) -> Layout:
            **{f"first[{i}]": n for i, n in enumerate(first)})
     return Layout(width, tuple(modules), blocks, tuple(first))
 
+# %% ../nbs/53_hrnet.ipynb #0011358f
 class HRNet(Segmenter):
     """HRNetV2 (Sun et al. 2019): four streams, and a head that reads all of them at a quarter of the image's height and width.
 
