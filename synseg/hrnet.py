@@ -50,7 +50,6 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     "Bilinear, pixel centres aligned: (N, C, h, w) -> (N, C, *size)"
     return x if x.shape[-2:] == torch.Size(size) else F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
-# %% ../nbs/53_hrnet.ipynb #3122aa7b
 class Exchange(nn.ModuleList):
     """Each stream becomes ReLU of the sum of all streams, every one brought to its size and width by a lane.
 
