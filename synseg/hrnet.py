@@ -106,13 +106,9 @@ class Streams(nn.Module):
             before = widths
         self.channels = tuple(before)
 
-    def stem(self, x: Tensor) -> Tensor:
-        "Stage 1: (N, in_channels, H, W) -> (N, 4 inner, H/4, W/4)"
-        x = F.relu(self.bn1(self.conv1(x)))
-        return self.layer1(F.relu(self.bn2(self.conv2(x))))
-
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = [self.stem(x)]
+        x = F.relu(self.bn1(self.conv1(x)))
+        maps = [self.layer1(F.relu(self.bn2(self.conv2(x))))]
         for begin, stage in ((self.transition1, self.stage2), (self.transition2, self.stage3), (self.transition3, self.stage4)):
             maps = stage([step(maps[min(i, len(maps) - 1)]) for i, step in enumerate(begin)])
         return maps
