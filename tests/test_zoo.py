@@ -18,6 +18,8 @@ SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(
          "fcn_resnet101": dict(width=8),
          "dilated_vgg": dict(width=2),
          "pspnet": dict(width=4),
+         **{f"hrnet_{n}": dict(width=4, modules=[1, 1, 1], blocks=1, first=[1, 4], stem=8)
+            for n in ("w18", "w32", "w48", "w18_small_v1", "w18_small_v2")},
          "spinenet49": dict(width=4),
          "mssa": dict(width=2),
          **{f"contextnet_{v}": dict(width=0.125) for v in ("cn14", "cn12", "cn18", "cn124", "cn14_500", "cn14_160")}}
