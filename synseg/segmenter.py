@@ -73,7 +73,7 @@ class PretrainedEncoder(nn.Module):
             k = (missing or wrong)[0]
             why = "is missing" if missing else f"has shape {tuple(found[k].shape)}, expected {tuple(want[k].shape)}"
             raise ValueError(f"{source} does not fit the encoder of {type(self).__name__}: tensor {k!r} {why} ({len(missing)} "
-                             f"missing, {len(wrong)} of another shape). Expected torchvision's {self.imagenet}")
+                             f"missing, {len(wrong)} of another shape)" + (f". Expected torchvision's {self.imagenet}" if self.imagenet else ""))
         self.encoder.load_state_dict({k: found[k] for k in want if k in found}, strict=False)
 
 # %% ../nbs/13_segmenter.ipynb #00e1d930

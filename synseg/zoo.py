@@ -140,6 +140,9 @@ def _encoder_state(model: Segmenter, source: str | Path) -> tuple[Mapping[str, T
 
 def _imagenet_state(model: Segmenter) -> Mapping[str, Tensor]:
     if model.imagenet is None:
+        if hasattr(model, "encoder"):
+            raise ValueError(f"torchvision has no ImageNet weights for the encoder of {type(model).__name__}: pass the path of a file "
+                             "(its authors', timm's) as encoder_weights=, or encoder_weights=None")
         raise ValueError(f"{type(model).__name__} has no ImageNet encoder in its paper: pass encoder_weights=None")
     from torchvision.models import get_weight
     weight = get_weight(model.imagenet)

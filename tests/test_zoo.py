@@ -68,6 +68,7 @@ def test_card(saved):
     (("unet", 5, 0), {}, "in_channels"), (("unet", 5), dict(widht=8), "width=64"), (("ternausnet", 5), dict(width=8), "none"),
     (("unet_small", 5), dict(encoder="resnet18"), "no choice of encoder"), (("ternausnet", 5), dict(encoder="vgg16"), "vgg11"),
     (("unet", 5), dict(encoder_weights="imagenet"), "encoder_weights=None"), (("unet_small", 5), dict(weights="camvid"), "'scenes'"),
+    (("hrnet_w18", 5), dict(encoder_weights="imagenet"), "torchvision has no ImageNet weights.*path of a file"),
     (("unet", 5), dict(up="deconv"), "transposed, nearest, bilinear")])
 def test_refuses_to_build(arguments, options, says):
     with pytest.raises(ValueError, match=says): create_model(*arguments, **options)
