@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from .core import default_device, seed_everything, write_json
 from .datasets import Seeded, class_frequencies, load_dataset
+from .engine import AUX_WEIGHT
 from .losses import DiceLoss, FocalLoss, LovaszSoftmaxLoss, median_frequency_weights
 from .optimizers import check_optimizer, create_optimizer, create_schedule, freeze_norms
 from .scenes import Scenes
@@ -61,6 +62,7 @@ class Run:
     schedule_options: Mapping = field(default_factory=dict)  # warmup, power, at, factor, end
     encoder_lr: float = 1.0  # rate of the encoder as a share of `lr`; 0 holds it still
     freeze_norms: bool = False  # batch norms keep the statistics, scales and shifts that they came with
+    aux_weight: float = AUX_WEIGHT  # of the loss of each auxiliary head, where the network has one
     clip: float | None = None  # longest gradient
     seed: int = 0
     loss: str = "cross_entropy"
@@ -86,7 +88,8 @@ def _check(run: Run) -> None:
     for name in ("images", "epochs", "minutes", "batch_size", "lr", "clip"):
         value = getattr(run, name)
         if value is not None and not value > 0: raise ValueError(f"{name} is {value}; it must be above 0")
-    if not run.encoder_lr >= 0: raise ValueError(f"encoder_lr is {run.encoder_lr}; it is a share of lr: 0 or more")
+    for name in ("encoder_lr", "aux_weight"):
+        if not getattr(run, name) >= 0: raise ValueError(f"{name} is {getattr(run, name)}; it is a share: 0 or more")
     for name in ("size", "eval_size"):
         if (size := getattr(run, name)) is None: continue
         object.__setattr__(run, name, tuple(size))
@@ -226,7 +229,7 @@ def build(run: Run, train: Dataset, valid: Dataset | None, out: str | Path | Non
     weights = median_frequency_weights(*class_frequencies(train)) if run.class_weights == "median" else run.class_weights
     optimizer = lambda m: create_optimizer(run.optimizer, m, run.lr, run.weight_decay, run.momentum, run.encoder_lr, **run.optimizer_options)
     return Learner(model, data, valid, loss() if loss else None, optimizer, create_schedule(run.schedule, **run.schedule_options),
-                   batch_size=run.batch_size, seed=run.seed, out=out, ema=run.ema, precision=run.precision, clip=run.clip,
+                   batch_size=run.batch_size, seed=run.seed, out=out, ema=run.ema, precision=run.precision, clip=run.clip, aux_weight=run.aux_weight,
                    class_weights=weights, eval_size=run.eval_size or run.size, **learner)
 
 
