@@ -102,17 +102,18 @@ def _entry(name: str, record: Mapping | None, held: Mapping | None) -> Entry:
                  scores.get("pixel_accuracy"), left, machine_of(record), run["encoder"])
 
 # %% ../nbs/47_leaderboard.ipynb #4774dd3d
-PUBLISHED: dict[str, tuple[float, float, str]] = {  # mean IoU and pixel accuracy on test, and where that is printed
+PUBLISHED: dict[str, tuple[float, float | None, str]] = {  # mean IoU and pixel accuracy on test, and where that is printed
     "fcn8s": (57.0, 88.0, "as quoted by the Tiramisu's table"), "segnet": (46.4, 62.5, "as quoted by the Tiramisu's table"),
     "fc_densenet56": (58.9, 88.9, "the paper"), "fc_densenet67": (65.8, 90.8, "the paper"),
     "fc_densenet103": (66.9, 91.5, "the paper"),
+    "dilated_vgg": (65.3, None, "the paper's Dilation8: front end and context, from ImageNet"),
 }
 
 def published(model: str) -> str:
     "The paper's figure in words, or that there is none"
     if model not in PUBLISHED: return "none on CamVid"
     iou, accuracy, where = PUBLISHED[model]
-    return f"{iou} / {accuracy} ({where})"
+    return f"{iou} / {accuracy or '–'} ({where})"
 
 # %% ../nbs/47_leaderboard.ipynb #116db1b8
 def leaderboard(folder: str | Path | None = None) -> Sheet:
