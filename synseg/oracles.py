@@ -98,7 +98,7 @@ ORACLES: list[Oracle] = [
       for n in ("resnet18", "resnet50", "mobilenet_v2")),
     Oracle("fcn8s's encoder", "torchvision", partial(Trunk, "vgg16"), partial(pool_ladder, "vgg16", 3, None, 1), answer=_last),
     *(Oracle(n, "torchvision", partial(_torchvision, n, num_classes=21, aux_loss=False), partial(create_model, n, 21), whole=n,
-             reply=lambda model, x: model(x)["out"]) for n in ("fcn_resnet50", "fcn_resnet101")),
+             reply=lambda model, x: model(x)["out"], runs=n == "fcn_resnet50") for n in ("fcn_resnet50", "fcn_resnet101")),
     Oracle("dilated_vgg's encoder", "torchvision", _dilated_trunk, lambda: create_model("dilated_vgg", 21, padding="zeros").encoder,
            answer=_last, needs="dilated_vgg"),
     *(Oracle(f"deeplabv3 on {n}, aux", "torchvision", partial(_torchvision, f"deeplabv3_{n}", num_classes=21, aux_loss=True),
