@@ -10,6 +10,7 @@ __all__ = ['PUBLISHED', 'Entry', 'parameters_of', 'machine_of', 'start_of', 'las
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -53,8 +54,13 @@ class Entry:
 def parameters_of(run: Mapping) -> int | None:
     "Of the network of a recorded run, at CamVid's 11 classes; None for one that this version does not know"
     if run["model"] not in list_models(): return None
+    return _count(run["model"], run["in_channels"], run["encoder"], json.dumps(dict(run["options"])))
+
+@cache
+def _count(model: str, in_channels: int, encoder: str | None, options: str) -> int:
+    "Once for each network: the largest take half a second to build, even without numbers"
     with torch.device("meta"):
-        return count_parameters(create_model(run["model"], 11, run["in_channels"], encoder=run["encoder"], **run["options"]))
+        return count_parameters(create_model(model, 11, in_channels, encoder=encoder, **json.loads(options)))
 
 def machine_of(record: Mapping) -> str:
     "Processor or GPU, and threads, in a few words"

@@ -165,6 +165,7 @@ class Parity:
 
     def __str__(self): return self.skipped or ("tensors only" if self.difference is None else f"{self.difference:.1e}")
 
+# %% ../nbs/46_parity.ipynb #ebb469fb
 def absent(oracle: Oracle) -> str | None:
     "Why there is nothing to compare: the library or our network is missing"
     if importlib.util.find_spec(oracle.library) is None: return f"not run: {oracle.library} is not installed"
