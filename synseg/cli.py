@@ -62,6 +62,8 @@ def train(
     loss: Annotated[str, typer.Option(help="cross_entropy, focal, dice or lovasz")] = "cross_entropy",
     optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or rmsprop")] = "adamw",
     schedule: Annotated[str, typer.Option(help="of the rate: cosine, poly, exponential, step or constant")] = "cosine",
+    encoder_lr: Annotated[float, typer.Option(help="rate of a pretrained encoder as a share of --lr; 0 holds it still")] = 1.0,
+    freeze_norms: Annotated[bool, typer.Option("--freeze-norms", help="batch norms stay as they came")] = False,
     ema: Annotated[float, typer.Option(help="decay of averaged weights; 0: none")] = 0.0,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto", encoder: Optional[str] = None,
     weights: Annotated[Optional[str], typer.Option(help="start from 'scenes' or a .safetensors file")] = None,
@@ -82,7 +84,8 @@ def train(
     settings = runs.Run(
         model=model, data=data, domain=domain, images=images, size=parse_size(size), epochs=epochs, minutes=minutes, loss=loss,
         batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, ema=ema, precision=precision, weights=weights,
-        encoder=encoder, encoder_weights=encoder_weights, optimizer=optimizer, schedule=schedule, options=parse_options(option))
+        encoder=encoder, encoder_weights=encoder_weights, optimizer=optimizer, schedule=schedule,
+        encoder_lr=encoder_lr, freeze_norms=freeze_norms, options=parse_options(option))
     try: learner = runs.train(settings, out, root, resume, workers=workers, tensorboard=tensorboard)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}\nGo on with: synseg train --out {out} --resume") from None

@@ -71,9 +71,9 @@ class DilatedVGG(Segmenter):
         for what, value, known in (("context", context, CONTEXTS), ("padding", padding, PADDINGS), ("encoder", encoder, _ENCODERS)):
             if value not in known: raise ValueError(f"{what} is {value!r}; choose one of {', '.join(map(str, known))}")
         super().__init__(num_classes, in_channels, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        self.valid, large = padding == "reflect", context == "large"
-        self.encoder = front_trunk(encoder, in_channels, width, self.valid)
-        self.head = front_head(self.encoder.channels[-1], dropout, self.valid)
+        self.mirrored, large = padding == "reflect", context == "large"
+        self.encoder = front_trunk(encoder, in_channels, width, self.mirrored)
+        self.head = front_head(self.encoder.channels[-1], dropout, self.mirrored)
         self.score = nn.Conv2d(self.head.fc7.out_channels, num_classes, 1)
         he_init(self.head)
         nn.init.normal_(self.score.weight, std=1e-3)  # the authors' code; zeros would never leave the context's first ReLU
@@ -81,7 +81,7 @@ class DilatedVGG(Segmenter):
         self.context = ContextModule(num_classes, large, levels, valid=large) if context else None
         self.ring = self.context.margin if large else 0  # zeros once around the scores, where others pad every layer
         self.imagenet = self.encoder.imagenet
-        self.margin = window_margin([*self.encoder.children(), self.head.fc6]) if self.valid else 0
+        self.border = window_margin([*self.encoder.children(), self.head.fc6]) if self.mirrored else 0
 
     def load_encoder(self, state: Mapping[str, Tensor], source: str = "the given weights") -> None:
         "As every network's; where `state` holds VGG's classifier, fc6 and fc7 come along as dilated convolutions"
@@ -90,7 +90,7 @@ class DilatedVGG(Segmenter):
 
     def front_end(self, x: Tensor) -> Tensor:
         "Scores (N, K, ceil(H/8), ceil(W/8)) of a normalised image, before any context"
-        x = reflect_margin(x, self.margin) if self.valid else pad_to_stride(x, 8)
+        x = reflect_margin(x, self.border) if self.mirrored else pad_to_stride(x, 8)
         return self.score(self.head(self.encoder(x)[-1]))
 
     def compute(self, x: Tensor) -> Tensor:

@@ -107,10 +107,10 @@ def memory_layout(model: nn.Module, device: torch.device, bf16: bool) -> torch.m
 class _Accelerated:
     "The parts on the device that Accelerate finds"
     def __init__(self, model: nn.Module, loss: Callable, optimizer=adamw, precision: str = "auto", accumulate: int = 1,
-                 clip: float | None = None, ema: float = 0.0):
+                 clip: float | None = None, ema: float = 0.0, aux_weight: float = AUX_WEIGHT):
         if accumulate < 1: raise ValueError(f"accumulate is {accumulate}; it counts batches: 1 or more")
         self.accelerator = Accelerator(gradient_accumulation_steps=accumulate, mixed_precision="no")  # autocast is ours
-        self.device, self.accumulate, self.clip = self.accelerator.device, accumulate, clip
+        self.device, self.accumulate, self.clip, self.aux_weight = self.accelerator.device, accumulate, clip, aux_weight
         self.bf16 = uses_bf16(precision, self.device)
         self.layout = memory_layout(model, self.device, self.bf16)
         self.model = model.to(self.device, memory_format=self.layout)
@@ -185,7 +185,8 @@ class Engine(_Fed):
 
     `optimizer`: a torch optimiser, or a function from the model to one. `precision`: 'auto' is bfloat16 where the
     hardware has it. `accumulate` batches make one update; gradients are clipped to the norm `clip`; `ema` is the decay
-    of the averaged model, 0 for none.
+    of the averaged model, 0 for none; the losses of
+    auxiliary heads count `aux_weight` each.
     """
     def loss_of(self, images: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
         "Scalar loss of one batch, auxiliary heads included; further items of a batch go to the loss"
@@ -194,7 +195,7 @@ class Engine(_Fed):
         if m := getattr(self.model, "margin", 0): labels = labels[..., m:-m, m:-m]  # U-Net with valid convolutions
         if logits.shape[-2:] != labels.shape[-2:]:
             raise ValueError(f"the model gives {_size(logits)} for labels of {_size(labels)}; expected one size for both")
-        return sum((AUX_WEIGHT*self.loss(a.float(), labels, *extra) for a in aux), self.loss(logits.float(), labels, *extra))
+        return sum((self.aux_weight*self.loss(a.float(), labels, *extra) for a in aux), self.loss(logits.float(), labels, *extra))
 
     def step(self, factor: float, images: Tensor, labels: Tensor, *extra: Tensor, check: Callable | None = None) -> Tensor:
         "Learn from one batch at `factor` times the learning rate; `check(loss)` may raise before anything has changed"

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 
 from .core import default_device, seed_everything, write_json
 from .datasets import Seeded, class_frequencies, load_dataset
+from .engine import AUX_WEIGHT
 from .losses import DiceLoss, FocalLoss, LovaszSoftmaxLoss, median_frequency_weights
-from .optimizers import check_optimizer, create_optimizer, create_schedule
+from .optimizers import check_optimizer, create_optimizer, create_schedule, freeze_norms
 from .scenes import Scenes
 from .train import Learner
 from .transforms import train_transforms
@@ -59,6 +60,9 @@ class Run:
     optimizer_options: Mapping = field(default_factory=dict)  # nesterov, betas, alpha, eps, ...
     schedule: str = "cosine"
     schedule_options: Mapping = field(default_factory=dict)  # warmup, power, at, factor, end
+    encoder_lr: float = 1.0  # rate of the encoder as a share of `lr`; 0 holds it still
+    freeze_norms: bool = False  # batch norms keep the statistics, scales and shifts that they came with
+    aux_weight: float = AUX_WEIGHT  # of the loss of each auxiliary head, where the network has one
     clip: float | None = None  # longest gradient
     seed: int = 0
     loss: str = "cross_entropy"
@@ -84,6 +88,8 @@ def _check(run: Run) -> None:
     for name in ("images", "epochs", "minutes", "batch_size", "lr", "clip"):
         value = getattr(run, name)
         if value is not None and not value > 0: raise ValueError(f"{name} is {value}; it must be above 0")
+    for name in ("encoder_lr", "aux_weight"):
+        if not getattr(run, name) >= 0: raise ValueError(f"{name} is {getattr(run, name)}; it is a share: 0 or more")
     for name in ("size", "eval_size"):
         if (size := getattr(run, name)) is None: continue
         object.__setattr__(run, name, tuple(size))
@@ -207,6 +213,7 @@ def take_over(model: nn.Module, path: str | Path) -> list[str]:
     return [k for k in own if k not in shared]
 
 
+
 # %% ../nbs/95_runs.ipynb #bfa997b6
 def build(run: Run, train: Dataset, valid: Dataset | None, out: str | Path | None = None, **learner) -> Learner:
     "A Learner for a settled run; `learner` goes on to it (progress, tensorboard, workers, ...)"
@@ -215,14 +222,16 @@ def build(run: Run, train: Dataset, valid: Dataset | None, out: str | Path | Non
     model = create_model(run.model, space.num_classes, run.in_channels, encoder=run.encoder, weights=run.weights,
                          encoder_weights=None if begun else run.encoder_weights, **run.options)  # begun: state.pt has them
     if run.start and not begun: take_over(model, start_file(run, out))
+    if run.freeze_norms: freeze_norms(model)
     augment = train_transforms(run.size, **run.augment)
     data = Seeded(train, OneChannel(augment) if run.in_channels == 1 else augment, run.seed)
     loss = LOSSES[run.loss]
     weights = median_frequency_weights(*class_frequencies(train)) if run.class_weights == "median" else run.class_weights
-    optimizer = lambda m: create_optimizer(run.optimizer, m, run.lr, run.weight_decay, run.momentum, **run.optimizer_options)
+    optimizer = lambda m: create_optimizer(run.optimizer, m, run.lr, run.weight_decay, run.momentum, run.encoder_lr, **run.optimizer_options)
     return Learner(model, data, valid, loss() if loss else None, optimizer, create_schedule(run.schedule, **run.schedule_options),
-                   batch_size=run.batch_size, seed=run.seed, out=out, ema=run.ema, precision=run.precision, clip=run.clip,
+                   batch_size=run.batch_size, seed=run.seed, out=out, ema=run.ema, precision=run.precision, clip=run.clip, aux_weight=run.aux_weight,
                    class_weights=weights, eval_size=run.eval_size or run.size, **learner)
+
 
 
 # %% ../nbs/95_runs.ipynb #ceb4245d

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from .callbacks import Callback, MetricsLog, usual_callbacks
 from .core import seed_everything
-from .engine import Engine, OwnItems, adamw, check_batch, num_classes_of, order_of, weighted_loss
+from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, check_batch, num_classes_of, order_of, weighted_loss
 from .runstate import (Diverged, Progress, all_finite, check_loss, check_same_run, interrupted, load_state, rng_state,
                              save_state, save_weights, set_rng_state, stop_requests)
 from .schedules import Schedule, cosine
@@ -30,7 +30,7 @@ class _Parts:
                  loss: Callable | None = None, optimizer: torch.optim.Optimizer | Callable | None = None,
                  schedule: Schedule | None = None, *, batch_size: int = 8, lr: float = 3e-3, weight_decay: float = 1e-2,
                  seed: int = 0, out: str | Path | None = None, precision: str = "auto", accumulate: int = 1,
-                 clip: float | None = None, ema: float = 0.0, sampler=None, workers: int | None = None,
+                 clip: float | None = None, ema: float = 0.0, aux_weight: float = AUX_WEIGHT, sampler=None, workers: int | None = None,
                  callbacks: Iterable[Callback] = (), save_every: int | None = None, tensorboard: bool = False,
                  class_weights: str | Tensor | None = "sqrt", eval_size: tuple[int, int] | None = None,
                  progress: bool = True, validations: int = 10):
@@ -40,7 +40,7 @@ class _Parts:
         self.out, self.eval_size, self.validations = Path(out) if out else None, eval_size, validations
         self.num_classes = num_classes_of(train, model) if train is not None else None
         if train is not None: loss = loss or weighted_loss(train, self.num_classes, class_weights)
-        self.engine = Engine(model, loss, optimizer or (lambda m: adamw(m, lr, weight_decay)), precision, accumulate, clip, ema)
+        self.engine = Engine(model, loss, optimizer or (lambda m: adamw(m, lr, weight_decay)), precision, accumulate, clip, ema, aux_weight)
         self.config = dict(batch_size=batch_size, seed=seed, accumulate=accumulate, ema=ema, bf16=self.engine.bf16,
                            processes=self.engine.world)
         self.progress, self.stop, self.last_loss = Progress(), None, torch.tensor(math.nan)

@@ -9,6 +9,7 @@ from synseg.backbone import create_encoder
 from synseg.check import check_segmenter, count_parameters
 from synseg.core import IMAGENET_MEAN, IMAGENET_STD
 from synseg.dilate import context_identity_, from_subgrids
+from synseg.inference import predict
 from synseg.dilated_vgg import CONTEXTS, ENTRIES, DilatedVGG, front_head, front_trunk, reflect_margin
 from synseg.fcn import FCN
 
@@ -62,7 +63,7 @@ def restated(net, x, context, valid):
 @pytest.mark.parametrize("context, paper", [(None, 134_346_581), ("basic", 134_346_581 + 28_392), ("large", 134_346_581 + 6_803_139)])
 def test_parameters_of_the_paper(context, paper):
     with torch.device("meta"): net = DilatedVGG(21, context=context)
-    assert count_parameters(net) == paper and net.margin == 186
+    assert count_parameters(net) == paper and net.border == 186
 
 
 def test_entry():
@@ -216,7 +217,7 @@ def test_contract(options):
 @pytest.mark.parametrize("name, margin", [("vgg16", 186), ("vgg16_bn", 186), ("vgg11", 155), ("vgg13", 158)])
 def test_other_vggs_fit_their_margin(name, margin):
     net = DilatedVGG(2, encoder=name, width=1, context=None).eval().requires_grad_(False)
-    assert net.margin == margin and net.front_end(torch.rand(1, 3, 67, 100)).shape == (1, 2, 9, 13)
+    assert net.border == margin and net.front_end(torch.rand(1, 3, 67, 100)).shape == (1, 2, 9, 13)
 
 
 @pytest.mark.parametrize("options, says", [(dict(context="huge"), "basic, large"), (dict(padding="mirror"), "reflect, zeros"),
@@ -235,3 +236,11 @@ def test_overfits_one_batch():
         opt.zero_grad(); loss.backward(); opt.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_it_is_no_valid_network_to_others():
+    "`margin` and `valid` are the marks of the valid U-Net, by which the engine crops labels and `predict` tiles"
+    net = DilatedVGG(3, width=2)
+    assert net.border == 186 and not hasattr(net, "margin") and not getattr(net, "valid", False)
+    image = torch.rand(3, 64, 71)
+    assert predict(net.eval(), image).shape == (64, 71)

@@ -21,7 +21,7 @@ FLOOR = dict(
     stream=10, deploy=10, realtime=11,
     optimizers=6,
     runs=10, doctor=10, notebooks=10, console=10, benchmark=10,
-    plans=11, browse=11, parity=11, papers=12, recipes=13, experiments=14, leaderboard=14,
+    authors=11, plans=11, browse=11, parity=11, oracles=12, papers=12, recipes=13, experiments=14, leaderboard=14,
     cli=15,
 )
 NETWORKS = {"segmenter", "conv", "upsample", "dilate", "blocks", "backbone", "unet", "fcn", "segnet", "tiramisu", "gridnet",

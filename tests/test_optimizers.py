@@ -73,3 +73,28 @@ def test_schedules_stay_between_0_and_1(name):
     assert all(0 <= factor(t / 50) <= 1 for t in range(51)) and factor(0.05) == pytest.approx(1, abs=0.25)
     if name == "cosine":
         assert [factor(t / 50) for t in range(51)] == [cosine(warmup=0.05)(t / 50) for t in range(51)]
+
+
+def test_the_encoder_has_a_rate_of_its_own():
+    from synseg.zoo import create_model
+    model = create_model("unet", 3, encoder="resnet18", encoder_width=8, width=4)
+    groups = create_optimizer("rmsprop", model, 1e-2, 5e-4, encoder_lr=0.1).param_groups
+    rate = {id(p): g["lr"] for g in groups for p in g["params"]}
+    assert {rate[id(p)] for p in model.encoder_parameters()} == {1e-3} and {rate[id(p)] for p in model.decoder_parameters()} == {1e-2}
+    assert groups[0]["lr"] == 1e-2, "the rate that is logged is the one that was asked for"
+    assert len(rate) == sum(1 for _ in model.parameters())
+    held = create_optimizer("sgd", model, 1e-2, encoder_lr=0).param_groups
+    assert {id(p) for g in held for p in g["params"]} == {id(p) for p in model.decoder_parameters()}
+    with pytest.raises(ValueError, match="no encoder"):
+        create_optimizer("sgd", create_model("unet_small", 3, width=4), 1e-2, encoder_lr=0.1)
+
+
+def test_frozen_norms_stay_frozen_also_in_a_copy():
+    import copy
+    from synseg.optimizers import freeze_norms
+    net = freeze_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    x = torch.rand(1, 3, 3, 3)  # one value per channel: a norm in train mode would refuse it
+    for model in (net, copy.deepcopy(net)):
+        before = model[1].running_mean.clone()
+        torch.testing.assert_close(model.train()(x), model.eval()(x))
+        assert torch.equal(model[1].running_mean, before) and not any(p.requires_grad for p in model[1].parameters())

@@ -8,12 +8,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from synseg.cli import app
-from synseg.optimizers import create_schedule
-from synseg.papers import FRAME, PAPERS, ROWS, cpu, deconvnet_stages, fcn_stages, smoke, tiramisu_stages
+from synseg.optimizers import create_optimizer, create_schedule
+from synseg.papers import ABLATIONS, CONTEXT, LADDERS, PAPERS, ROWS, cpu, smoke
+from synseg.authors import (DEEPLABV1, DEEPLABV2, FRAME, HRNET, MSSA, PSPNET, deconvnet_stages, deeplabv3_stages, dilated_stages, fcn_stages,
+                            on_camvid, tiramisu_stages)
 from synseg.recipes import RECIPES, describe
 from synseg.runs import Run
 from synseg.scenes import Scenes
-from synseg.zoo import create_model, list_models
+from synseg.zoo import create_model, list_models, model_options
 
 
 def models(recipe):
@@ -74,7 +76,61 @@ def test_printed_schedules():
     assert decay(100 / crops.epochs) == pytest.approx(0.995**100)
 
 
-@pytest.mark.parametrize("name", ["camvid_fcn8s", "camvid_segnet_basic", "camvid_gridnet", "camvid_fc_densenet56_holdout"])
+def test_schedules_of_those_that_look_further():
+    images = {"voc2012_aug": 10_582, "cityscapes": 2_975}
+    steps = lambda run: run.epochs * images[run.data] / run.batch_size
+    first, then = deeplabv3_stages().values()
+    printed = [(DEEPLABV1, 6_000), (DEEPLABV2, 20_000), (PSPNET, 30_000), (first, 30_000), (then, 30_000), (dilated_stages()["front"], 60_000)]
+    for run, n in printed:
+        assert steps(run) == pytest.approx(n, rel=0.06) and run.momentum == 0.9 and run.optimizer == "sgd"
+    assert [r.lr * r.encoder_lr for r in (DEEPLABV1, DEEPLABV2, PSPNET)] == pytest.approx([1e-3, 2.5e-4, 1e-2])
+    assert [r.freeze_norms for r in (DEEPLABV2, first, then, PSPNET)] == [True, False, True, False]
+    assert (DEEPLABV2.aux_weight, PSPNET.aux_weight, PSPNET.options["aux"], PSPNET.augment["rotation"]) == (1, 0.4, True, 10)
+    assert (HRNET.epochs, HRNET.batch_size, HRNET.size, HRNET.augment["scale"]) == (484, 12, (512, 1024), (0.5, 2.1))
+    assert (MSSA.lr, MSSA.epochs, MSSA.optimizer_options) == (1e-4, 300, dict(alpha=0.995))
+    assert create_schedule("poly")(0.5) == pytest.approx(0.5**0.9)
+
+
+def test_on_camvid_crops_fit_and_epochs_are_shared():
+    for stages in (deeplabv3_stages(), dilated_stages(), {"run": HRNET}, {"run": MSSA}):
+        frames = on_camvid(stages, 200)
+        assert sum(r.epochs for r in frames.values()) == 200 and [r.start for r in frames.values()] == [r.start for r in stages.values()]
+        assert all(r.size[0] <= FRAME[0] and r.size[1] <= FRAME[1] and r.eval_size == FRAME and r.data == "camvid" for r in frames.values())
+
+
+def test_comparisons_are_of_equal_pictures():
+    for name, wanted in [("scenes_encoder_decoder", {*LADDERS, "unet_small"}), ("scenes_context", {*CONTEXT, "unet_small"}), ("scenes_deeplab", set(ABLATIONS))]:
+        for runs in PAPERS[name].profiles.values():
+            assert set(runs) == wanted
+            assert len({(r.images, r.epochs, r.batch_size, r.size, r.seed, r.domain) for r in runs.values()}) == 1
+    whole, *others = PAPERS["scenes_deeplab"].profiles["cpu"].values()
+    for run in others:
+        changed = {k for k in {**whole.options, **run.options} if whole.options.get(k) != run.options.get(k)}
+        assert len(changed) + (run.model != whole.model) == 1, "one thing at a time"
+
+
+def test_what_the_ablation_turns_is_there_to_be_turned():
+    there(PAPERS["scenes_deeplab"])
+    for model, options in ABLATIONS.values():
+        assert set(options) <= set(model_options(model))
+
+
+@pytest.mark.parametrize("name", CONTEXT)
+def test_the_papers_optimiser_fits_the_network(name):
+    "Rates of the encoder, frozen norms, auxiliary heads: what the gpu profile asks of a network, the network has"
+    there(PAPERS[f"camvid_{name}"])
+    for run in PAPERS[f"camvid_{name}"].profiles["gpu"].values():
+        with torch.device("meta"):
+            model = create_model(run.model, 11, **run.options)
+        groups = create_optimizer(run.optimizer, model, run.lr, run.weight_decay, run.momentum, run.encoder_lr, **run.optimizer_options).param_groups
+        assert groups[0]["lr"] == run.lr
+        if run.encoder_weights == "imagenet":
+            assert model.imagenet, "ImageNet weights are asked for, and torchvision has none that fit"
+        assert not getattr(model, "margin", 0), "`margin` is what a network cuts off; the engine would cut the labels by it"
+
+
+@pytest.mark.parametrize("name", ["camvid_fcn8s", "camvid_segnet_basic", "camvid_gridnet", "camvid_fc_densenet56_holdout",
+                                  "camvid_deeplabv1", "camvid_deeplabv3plus_holdout", "camvid_hrnet_w18", "camvid_pspnet", "camvid_spinenet49", "camvid_mssa"])
 def test_smoke_runs_and_resumes(name, tmp_path):
     there(PAPERS[name])
     found = PAPERS[name].run("smoke", out=tmp_path, progress=False)

@@ -241,3 +241,33 @@ def test_encoder_weights_of_a_recipe(tmp_path):
     small.run("cpu", out=tmp_path, progress=False, encoder_weights=tmp_path / "vgg11.pth")  # done: the file is no longer needed
     with pytest.raises(ValueError, match="starts from ImageNet"):
         recipe("unet_losses").run("cpu", encoder_weights="vgg11.pth", out=tmp_path)
+
+
+CAREFUL = Run(model="unet", encoder="resnet18", images=12, size=(64, 64), epochs=2, batch_size=4, lr=1e-2, optimizer="sgd", schedule="poly",
+              encoder_lr=0.1, freeze_norms=True, ema=0.9, options=dict(encoder_width=8, width=4))
+
+
+def test_a_slow_encoder_and_frozen_norms_resume_to_the_bit(tmp_path):
+    from synseg.callbacks import Callback
+    from synseg.runstate import Interrupted
+
+    class Kill(Callback):
+        def on_step(self, learner):
+            if learner.progress.step == 4:
+                learner._request.number = 2
+
+    whole = train(CAREFUL, tmp_path / "whole", progress=False)
+    with pytest.raises(Interrupted):
+        train(CAREFUL, tmp_path / "parts", progress=False, callbacks=[Kill()])
+    parts = train(CAREFUL, tmp_path / "parts", resume=True, progress=False)
+    for (k, a), b in zip(whole.model.state_dict().items(), parts.model.state_dict().values()):
+        assert torch.equal(a, b), k
+    assert all(torch.equal(v, torch.zeros_like(v)) for k, v in whole.model.state_dict().items() if k.endswith("running_mean"))
+    assert read_run(tmp_path / "parts")[0].encoder_lr == 0.1 and whole.history[0]["lr"] > 4e-3
+
+
+def test_a_share_below_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="share of lr"):
+        Run(encoder_lr=-0.1)
+    with pytest.raises(ValueError, match="no encoder"):
+        train(Run(images=4, size=(64, 64), epochs=1, encoder_lr=0.1), tmp_path / "nowhere", progress=False)
