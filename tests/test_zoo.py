@@ -201,3 +201,10 @@ def test_save_refuses(tmp_path):
 def test_card_from_json_is_strict():
     for text in ("{}", "[]", "null", '{"name": "unet"}'):
         with pytest.raises((KeyError, TypeError, ValueError)): ModelCard.from_json(text)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_only_the_valid_unet_is_marked_as_valid(name):
+    "`valid` and `margin` tell the engine to crop labels and `predict` to tile: no other network may use these names for itself"
+    with torch.device("meta"): model = create_model(name, 3, **SMALL.get(name, {}))
+    assert bool(getattr(model, "valid", False)) == bool(getattr(model, "margin", 0)) == (name == "unet_valid")
