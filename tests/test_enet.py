@@ -214,7 +214,7 @@ def test_overfits_one_batch(build):
     x[:, 0] += y  # the class is to be seen
     net, losses = build(2, width=8), []
     opt = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(40):
+    for _ in range(70):
         loss = F.cross_entropy(net(x.clamp(0, 1)), y)
         opt.zero_grad(); loss.backward(); opt.step()
         losses.append(loss.item())
