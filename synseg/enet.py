@@ -17,7 +17,7 @@ from .blocks import ConvNormAct, same_padding
 from .segmenter import ModelEntry, ModelInfo, Segmenter
 from .upsample import max_pool_with_indices, unpool
 
-# %% ../nbs/61_enet.ipynb #df06fb51
+# %% ../nbs/61_enet.ipynb #6a131c38
 def split_kernel(weight: Tensor, # (C_out, C_in, kh, kw) of a convolution
                  inner: int | None = None, # channels between the two, C_out by default
                 ) -> tuple[Tensor, Tensor, float]: # (inner, C_in, kh, 1), (C_out, inner, 1, kw), share of the squares kept in [0, 1]
@@ -36,7 +36,7 @@ def split_kernel(weight: Tensor, # (C_out, C_in, kh, kw) of a convolution
     row = (u * root).reshape(c_out, kw, inner).permute(0, 2, 1)[:, :, None]
     return column, row, kept.item()
 
-# %% ../nbs/61_enet.ipynb #afcd4fee
+# %% ../nbs/61_enet.ipynb #59fde3a1
 _norm = partial(nn.BatchNorm2d, eps=1e-3)  # the authors' epsilon, in both networks
 _relu = lambda channels: nn.ReLU(inplace=True)
 Act = Callable[[int], nn.Module]  # makes an activation from its channels: nn.PReLU learns a slope for each
@@ -53,7 +53,7 @@ class ConvPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.act(self.norm(torch.cat([self.conv(x), self.pool(x)], 1)))
 
-# %% ../nbs/61_enet.ipynb #146f3830
+# %% ../nbs/61_enet.ipynb #539c3374
 def _double(c_in: int, c_out: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1)
 
@@ -76,7 +76,7 @@ class _Squeezed(nn.Module):
                                     *ConvNormAct(inner, c_out, 1, norm=_norm, act=None), *drop)
         self.act, self.extra = act(c_out), c_out - c_in
 
-# %% ../nbs/61_enet.ipynb #6a131c38
+# %% ../nbs/61_enet.ipynb #66521110
 class ENetBlock(_Squeezed):
     """act(x + squeeze, middle, widen): (N, c, H, W) unchanged in shape (Paszke et al. 2016, fig. 2b).
 
@@ -108,7 +108,7 @@ class ENetUp(_Squeezed):
         short = F.interpolate(short, size, mode="nearest") if self.nearest else unpool(short, at, size)
         return self.act(short + self.branch(x))
 
-# %% ../nbs/61_enet.ipynb #307e8b14
+# %% ../nbs/61_enet.ipynb #91793942
 class NonBottleneck1D(nn.Module):
     """ReLU(x + 3x1, 1x3, 3x1, 1x3 of x), shape unchanged; the second pair is dilated (Romera et al. 2018, fig. 2c).
 
@@ -124,7 +124,7 @@ class NonBottleneck1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return F.relu(x + self.branch(x))
 
-# %% ../nbs/61_enet.ipynb #19c94d22
+# %% ../nbs/61_enet.ipynb #d587712e
 def _check_width(width: int) -> None:
     if isinstance(width, bool) or not isinstance(width, int) or width < 4 or width % 4:
         raise ValueError(f"width is {width!r}; it must be a multiple of 4, as 4, 8 or the papers' 16")
@@ -166,7 +166,7 @@ class ENet(Segmenter):
         x = self.stage4(self.up4(x, *memory.pop()))  # popped: what was used is free
         return self.score(self.stage5(self.up5(x, *memory.pop())))
 
-# %% ../nbs/61_enet.ipynb #b9abf529
+# %% ../nbs/61_enet.ipynb #71e731f2
 class ERFNet(Segmenter):
     "ERFNet (Romera et al. 2018, table 1): channels as in ENet, every 3x3 of a residual block split. ValueError as for ENet"
     def __init__(self, num_classes: int, in_channels: int = 3, *, width: int = 16):
@@ -185,7 +185,7 @@ class ERFNet(Segmenter):
 
     def compute(self, x: Tensor) -> Tensor: return self.score(self.up(self.encode(x)))
 
-# %% ../nbs/61_enet.ipynb #a4d6c9a2
+# %% ../nbs/61_enet.ipynb #a1e962ee
 def log_weights(pixels: Tensor, # (K,) pixels of each class, or their shares
                 c: float = 1.02, # above 1: ENet's decoder has 1.02, its encoder 1.2
                ) -> Tensor: # (K,) float32, between 1 / ln(c + 1) and 1 / ln(c)
@@ -195,7 +195,7 @@ def log_weights(pixels: Tensor, # (K,) pixels of each class, or their shares
     if not pixels.sum() > 0 or (pixels < 0).any(): raise ValueError("expected counts from 0 up, and one labelled pixel or more")
     return (1 / (c + pixels / pixels.sum()).log()).float()
 
-# %% ../nbs/61_enet.ipynb #f9a38eb6
+# %% ../nbs/61_enet.ipynb #c4d245eb
 _ENET = "Paszke, Chaurasia, Kim & Culurciello, ENet: A Deep Neural Network Architecture for Real-Time Semantic Segmentation"
 _ERFNET = "Romera, Alvarez, Bergasa & Arroyo, ERFNet: Efficient Residual Factorized ConvNet for Real-Time Semantic Segmentation"
 _PAD = "images whose size is no multiple of 8 are mirrored up to one and the result cut back"
