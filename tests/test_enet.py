@@ -132,10 +132,10 @@ def test_encoders_map():
 def test_unpooling_keeps_maxima_in_place():
     down, up = ENetDown(8, 16).double().eval(), ENetUp(16, 8).double().eval()
     x = torch.rand(2, 8, 10, 14, dtype=torch.float64) + 0.1
-    y, at = down(x)
+    y, (at, size) = down(x)
     pooled = F.max_pool2d(x, 2)
     nn.init.zeros_(up.branch[-1].weight); nn.init.zeros_(up.branch[-1].bias)  # the long way is silent
-    out = up(y, at, (10, 14))
+    out = up(y, at, size)
     short = up.shortcut(y).relu()
     assert torch.equal(F.max_pool2d(out, 2), short)
     assert not out[x != F.interpolate(pooled, scale_factor=2)].any()
