@@ -98,6 +98,7 @@ class ENetDown(_Squeezed):
         short = F.pad(pooled, (0, 0, 0, 0, 0, self.extra))  # new channels start at zero
         return self.act(short + self.branch(x)), (at, tuple(x.shape[-2:]))
 
+# %% ../nbs/61_enet.ipynb #6b4b793d
 class ENetUp(_Squeezed):
     """Doubles the map: (N, c_in, h, w) -> (N, c_out, *size); ReLU, no dropout, as in the authors' decoder.
 
