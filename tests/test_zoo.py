@@ -24,6 +24,7 @@ SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(
             for n in ("w18", "w32", "w48", "w18_small_v1", "w18_small_v2")},
          "spinenet49": dict(width=4),
          "mssa": dict(width=2),
+         "enet": dict(width=4), "erfnet": dict(width=4),
          **{f"contextnet_{v}": dict(width=0.125) for v in ("cn14", "cn12", "cn18", "cn124", "cn14_500", "cn14_160")}}
 
 
