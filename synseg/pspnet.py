@@ -22,17 +22,17 @@ from .unet import he_init
 def cells(n: int,  # rows (or columns) of a map
           bins: int,  # cells along them
          ) -> list[tuple[int, int]]:  # first row of each cell, and the first one behind it
-    "Rows of each cell of adaptive pooling: floor(i n / bins) to ceil((i + 1) n / bins); neighbours share one where bins does not divide"
+    "Rows of each cell of adaptive pooling: floor(i n / bins) to ceil((i + 1) n / bins); neighbours share the row that their border cuts"
     return [(i * n // bins, -(-(i + 1) * n // bins)) for i in range(bins)]
 
 # %% ../nbs/52_pspnet.ipynb #37598431
 def cell_means(x: Tensor, bins: int) -> Tensor: # (N, C, H, W) -> (N, C, bins, bins)
     "Means over bins x bins cells from one integral image (Crow 1984): four numbers for each cell, however large it is"
-    sums = F.pad(x.cumsum(-1).cumsum(-2), (1, 0, 1, 0))  # sums[r, c]: over all rows before r and columns before c
+    sums = F.pad(x.double().cumsum(-1).cumsum(-2), (1, 0, 1, 0))  # [r, c]: over rows before r, columns before c; differences cancel
     (top, bottom), (left, right) = (torch.tensor(cells(n, bins), device=x.device).T for n in x.shape[-2:])
     at = lambda rows, columns: sums[..., rows[:, None], columns]
     total = at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)
-    return total / ((bottom - top)[:, None] * (right - left))
+    return (total / ((bottom - top)[:, None] * (right - left))).to(x.dtype)
 
 # %% ../nbs/52_pspnet.ipynb #3858f388
 STEMS = ("deep", "plain")
