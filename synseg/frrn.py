@@ -40,7 +40,7 @@ class ResidualUnit(nn.Module):
 
 # %% ../nbs/64_frrn.ipynb #ae436812
 class FRRU(nn.Module):
-    """Full-resolution residual unit (section 3.2): reads both streams, writes both.
+    """Full-resolution residual unit (Pohlen et al. 2017): reads both streams, writes both.
 
     Pooling stream (N, c_in, H/s, W/s) -> (N, c_out, H/s, W/s); residual stream (N, lanes, H, W) -> the same. The correction
     is one number per lane and s x s cell, s being the `stride`; H and W must be multiples of it."""
@@ -82,7 +82,7 @@ def _he_uniform(net: nn.Module) -> None:
 
 # %% ../nbs/64_frrn.ipynb #46889382
 class FRRN(Segmenter):
-    """Full-resolution residual network (Pohlen et al. 2017, table 1): two streams, coupled in every unit of the `layout`.
+    """Full-resolution residual network (Pohlen et al. 2017): two streams, coupled in every unit of the `layout`.
 
     `width` channels at full size (the paper's 48), `lanes` in the residual stream (two thirds of the width by default: the
     paper's 32). ValueError for numbers below 1 and strides that are no power of two."""
