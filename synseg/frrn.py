@@ -72,6 +72,9 @@ def _check(layout: Sequence[Stage], **numbers) -> tuple[Stage, ...]:
         if s.stride & (s.stride - 1): raise ValueError(f"stride {s.stride} found in the layout; it must be a power of two")
     return layout
 
+
+
+# %% ../nbs/64_frrn.ipynb #46889382
 def _he_uniform(net: nn.Module) -> None:
     "He's uniform weights, with ReLU's gain where a ReLU follows and gain 1 elsewhere; biases 0 (the authors' HeUniform)"
     before_relu = {m[0] for m in net.modules() if isinstance(m, ConvNormAct) and isinstance(m[-1], nn.ReLU)}
@@ -80,12 +83,9 @@ def _he_uniform(net: nn.Module) -> None:
         nn.init.kaiming_uniform_(m.weight, nonlinearity="relu" if m in before_relu else "linear")
         if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../nbs/64_frrn.ipynb #46889382
-class FRRN(Segmenter):
-    """Full-resolution residual network (Pohlen et al. 2017): two streams, coupled in every unit of the `layout`.
-
-    `width` channels at full size (the paper's 48), `lanes` in the residual stream (two thirds of the width by default: the
-    paper's 32). ValueError for numbers below 1 and strides that are no power of two."""
+# %% ../nbs/64_frrn.ipynb #a76acd1d
+class _Modules(Segmenter):
+    "What the two streams are made of: `head`, `split`, `units`, `tail`, `score`"
     def __init__(self, num_classes: int, in_channels: int = 3, *, layout: Sequence[Stage] = LAYOUTS["frrn_a"], width: int = 48,
                  lanes: int | None = None):
         lanes = max(1, 2 * width // 3) if lanes is None else lanes
@@ -100,6 +100,12 @@ class FRRN(Segmenter):
         self.score = nn.Conv2d(width, num_classes, 1)
         _he_uniform(self)
 
+# %% ../nbs/64_frrn.ipynb #57dab683
+class FRRN(Segmenter):
+    """Full-resolution residual network (Pohlen et al. 2017): two streams, coupled in every unit of the `layout`.
+
+    `width` channels at full size (the paper's 48), `lanes` in the residual stream (two thirds of the width by default: the
+    paper's 32). ValueError for numbers below 1 and strides that are no power of two."""
     def begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "Both streams at full size, (N, width, H, W) and (N, lanes, H, W), of a normalised and padded image"
         y = self.head(x)
