@@ -101,7 +101,7 @@ class _Modules(Segmenter):
         _he_uniform(self)
 
 # %% ../nbs/64_frrn.ipynb #57dab683
-class FRRN(Segmenter):
+class FRRN(_Modules):
     """Full-resolution residual network (Pohlen et al. 2017): two streams, coupled in every unit of the `layout`.
 
     `width` channels at full size (the paper's 48), `lanes` in the residual stream (two thirds of the width by default: the
