@@ -18,6 +18,7 @@ SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(
          "fcn_resnet101": dict(width=8),
          "dilated_vgg": dict(width=2),
          "pspnet": dict(width=4),
+         "icnet": dict(width=4),
          "spinenet49": dict(width=4),
          "mssa": dict(width=2),
          **{f"contextnet_{v}": dict(width=0.125) for v in ("cn14", "cn12", "cn18", "cn124", "cn14_500", "cn14_160")}}
