@@ -120,5 +120,5 @@ ENTRIES: dict[str, ModelEntry] = {"icnet": ModelEntry(ICNet, ModelInfo(
      "the first blocks of layers 3 and 4 keep dilation 1 and 2, as in the course's PSPNet; the authors dilate whole stages by 2 and 4",
      "strides are in the 3x3; the authors' have them in the first 1x1",
      "RGB normalised by torchvision's ImageNet mean and deviation; Caffe subtracts a mean in BGR",
-     "random weights; the paper's begin as an ImageNet PSPNet-50 of full width, whose filters are halved by pruning",
+     "random weights; the paper's are a trained network of full width whose filters were halved by pruning",
      "resnet101, resnet34 and resnet18 are not the paper's")), ("resnet50", "resnet101", "resnet34", "resnet18"))}
