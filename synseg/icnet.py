@@ -55,13 +55,8 @@ def _checked(names: Sequence[str]) -> tuple[str, ...]:
         f"branches {names} found; name 'quarter', which carries the answer, and any of 'half' and 'full', which correct it")
     return tuple(b for b in BRANCHES if b in names)
 
-class ICNet(Segmenter):
-    """Image cascade network (Zhao et al. 2018, fig. 2): a half-width PSPNet on every second pixel, corrected twice by finer maps.
-
-    The half branch is the first part of the quarter branch, up to the first block of layer2; there every second cell goes on.
-    `encoder`: one of `pspnet.RESNETS`, resnet50 in the paper; `width`: channels of the first convolution, 32 by default;
-    `branches`: without 'half' or 'full' that term is never built; `bins`: of the pooled sum. With `aux=True`, 1x1 classifiers
-    on the quarter branch and the first fusion, whose logits `forward_aux` returns, coarsest first. ValueError for other values."""
+class _Branches(Segmenter):
+    "What the network is made of: `encoder` (half and quarter), `full`, `last`, `fusions`, `head` and, for training, `aux_heads`"
     def __init__(self, num_classes: int, in_channels: int = 3, *, encoder: str = "resnet50", width: int | None = None,
                  branches: Sequence[str] = BRANCHES, bins: Sequence[int] = (1, 2, 3, 6), aux: bool = False):
         super().__init__(num_classes, in_channels, stride=1, mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -76,6 +71,14 @@ class ICNet(Segmenter):
         self.aux_heads = nn.ModuleList(nn.Conv2d(c, num_classes, 1) for c in (8 * w, 4 * w) if aux)
         for part in (self.full, self.last, self.fusions, self.head, self.aux_heads): he_init(part) if part else None
 
+# %% ../nbs/62_icnet.ipynb #b5f26a78
+class ICNet(_Branches):
+    """Image cascade network (Zhao et al. 2018, fig. 2): a half-width PSPNet on every second pixel, corrected twice by finer maps.
+
+    The half branch is the first part of the quarter branch, up to the first block of layer2; there every second cell goes on.
+    `encoder`: one of `pspnet.RESNETS`, resnet50 in the paper; `width`: channels of the first convolution, 32 by default;
+    `branches`: without 'half' or 'full' that term is never built; `bins`: of the pooled sum. With `aux=True`, 1x1 classifiers
+    on the quarter branch and the first fusion, whose logits `forward_aux` returns, coarsest first. ValueError for other values."""
     def prepare(self, x: Tensor) -> Tensor:
         "The checked and normalised image, mirrored up to sizes 32 k + 1, so that all three grids end on its border"
         return grow_to_grid(super().prepare(x), 32)
