@@ -15,7 +15,8 @@ from synseg.zoo import (ModelCard, create_model, list_models, load_model, model_
 SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(width=2),
          "segnet": dict(width=4), "segnet_basic": dict(width=4), "deconvnet": dict(width=2),
          "fcn32s": dict(width=4), "fcn16s": dict(width=4), "fcn8s": dict(width=4), "fcn_resnet50": dict(width=8),
-         "fcn_resnet101": dict(width=8)}
+         "fcn_resnet101": dict(width=8),
+         "bisenet": dict(width=8), "dfanet": dict(width=2)}
 
 
 @pytest.fixture
