@@ -189,7 +189,7 @@ class BiSeNet(Segmenter):
         maps = self.features(x)
         return self._logits(maps), [head(maps[k]) for head, k in zip(self.aux, ("coarse", "context"))]
 
-# %% ../nbs/63_bisenet.ipynb #e2b2cd64
+# %% ../nbs/63_bisenet.ipynb #893be29d
 class FCAttention(nn.Module):
     """x times a gate of 0 or more for each channel: mean, `hidden` scores as a classifier's, 1x1 back, norm, ReLU (Li et al. 2019, 3.3).
 
@@ -202,6 +202,7 @@ class FCAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return x * self.gate(x)
 
+# %% ../nbs/63_bisenet.ipynb #ddaefe10
 class XceptionPass(nn.Module):
     """One walk: three stages and `FCAttention`; returns their four maps, at 1/2, 1/4, 1/8 and 1/8 of what goes in.
 
