@@ -146,12 +146,8 @@ PATHS = ("both", "spatial", "context")
 def _head(c_in: int, c: int, num_classes: int) -> nn.Sequential:
     return nn.Sequential(ConvNormAct(c_in, c), nn.Conv2d(c, num_classes, 1))
 
-class BiSeNet(Segmenter):
-    """Bilateral network (Yu et al. 2018, fig. 2): a spatial path and a context path, fused at 1/8 of the image's size.
-
-    `encoder`: resnet18 or xception39. `width` stands for the paper's 64 channels and scales all layers. `aux`: two more heads, on
-    the context path's maps at 1/16 and 1/8, whose losses the paper adds with weight 1. `paths`: both, or one alone, for
-    comparison. Training needs batches of two or more, except for the spatial path alone."""
+class _Parts(Segmenter):
+    "What a BiSeNet is made of: `spatial`, `encoder` and `context`, `fuse`, `head`, `aux`"
     def __init__(self, num_classes: int, in_channels: int = 3, *, encoder: str = "resnet18", width: int | None = None,
                  aux: bool = True, paths: str = "both"):
         _check_width(width)
@@ -162,18 +158,22 @@ class BiSeNet(Segmenter):
         c = 64 if width is None else width
         self.paths, self.spatial = paths, None if paths == "context" else spatial_path(in_channels, c)
         self.context = None
-        if paths != "spatial": self._add_context(encoder, in_channels, width)
+        if paths != "spatial":
+            self.encoder = Xception39(in_channels, width) if encoder == "xception39" else create_encoder(encoder, in_channels, width=width)
+            self.imagenet, self.context = self.encoder.imagenet, ContextPath(self.encoder.channels[-2:], 2 * c)
         self.fuse = FeatureFusion(4 * c if paths == "both" else 2 * c, 4 * c)
         self.head = _head(4 * c, c, num_classes)
         self.aux = nn.ModuleList(_head(2 * c, 4 * c, num_classes) for _ in range(2 if aux and self.context else 0))
         for part in (self.spatial, self.context, self.fuse, self.head, self.aux):
             if part is not None: he_init(part)
 
-    def _add_context(self, name: str, in_channels: int, width: int | None) -> None:
-        self.encoder = Xception39(in_channels, width) if name == "xception39" else create_encoder(name, in_channels, width=width)
-        self.imagenet = self.encoder.imagenet
-        self.context = ContextPath(self.encoder.channels[-2:], 128 if width is None else 2 * width)
+# %% ../nbs/63_bisenet.ipynb #e2b2cd64
+class BiSeNet(_Parts):
+    """Bilateral network (Yu et al. 2018, fig. 2): a spatial path and a context path, fused at 1/8 of the image's size.
 
+    `encoder`: resnet18 or xception39. `width` stands for the paper's 64 channels and scales all layers. `aux`: two more heads, on
+    the context path's maps at 1/16 and 1/8, whose losses the paper adds with weight 1. `paths`: both, or one alone, for
+    comparison. Training needs batches of two or more, except for the spatial path alone."""
     def features(self, x: Tensor) -> dict[str, Tensor]:
         "Maps of a normalised, padded image: `spatial` and `context` (N, 2 width, H/8, W/8), `coarse` at 1/16; what is off is left out"
         found = {} if self.spatial is None else {"spatial": self.spatial(x)}
