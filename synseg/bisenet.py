@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .backbone import create_encoder, he_fan_out_
+from .backbone import create_encoder
 from .blocks import ConvNormAct
 from .core import IMAGENET_MEAN, IMAGENET_STD
 from .segmenter import ModelEntry, ModelInfo, Segmenter
@@ -133,7 +133,6 @@ class Xception39(nn.Module):
         stem, *self.channels = (_scaled(c, width, 64) for c in (8, 64, 128, 256))
         self.stem = nn.Sequential(ConvNormAct(in_channels, stem, 3, 2), nn.MaxPool2d(3, 2, 1))
         self.stages = nn.ModuleList(xception_stage(a, b, n) for a, b, n in zip((stem, *self.channels), self.channels, (4, 8, 4)))
-        he_fan_out_(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x, maps = self.stem(x), []
@@ -233,7 +232,6 @@ class DFANet(Segmenter):
         self.walks = nn.ModuleList(XceptionPass(i, (a, b, c), hidden) for i in ((stem, a, b), later, later))
         self.low, self.high = (nn.ModuleList(ConvNormAct(n, out, 1) for _ in self.walks) for n in (a, c))
         self.mix, self.score = ConvNormAct(out, out, 1), nn.Conv2d(out, num_classes, 1)
-        he_fan_out_(self)
 
     def passes(self, x: Tensor) -> list[list[Tensor]]:
         "The four maps of each walk over a normalised, padded image"
@@ -263,5 +261,6 @@ ENTRIES: dict[str, ModelEntry] = {
         ("the paper's 7.8M are not reproduced: its layers as stated count 1,829,715 in our reading, and public copies "
          "about two million",
          "units are those of BiSeNet's Xception39 at the paper's widths: the paper does not say where norms and shortcuts stand",
-         "the fully connected attention ends in a norm and a ReLU, as in public copies; its 1000 scores start from random values",
+         "the fully connected attention ends in a norm and a ReLU, as in public copies; its 1000 scores, and all else, start from "
+         "PyTorch's default initialisation, not from ImageNet",
          "images whose size is no multiple of 64 are mirrored up to one and the result cut back")))}
