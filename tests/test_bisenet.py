@@ -92,7 +92,7 @@ def dfanet(x, t):
 
 
 @pytest.mark.parametrize("build, options, count", [
-    (BiSeNet, dict(aux=False), 12_894_163), (BiSeNet, {}, 13_494_777), (BiSeNet, dict(encoder="xception39", aux=False), 1_541_963), (DFANet, {}, 1_829_715)])
+    (BiSeNet, dict(aux=False), 12_894_163), (BiSeNet, dict(aux=True), 13_494_777), (BiSeNet, dict(encoder="xception39", aux=False), 1_541_963), (DFANet, {}, 1_829_715)])
 def test_counts(build, options, count):
     with torch.device("meta"): assert count_parameters(build(19, **options)) == count
 
@@ -107,7 +107,7 @@ def test_entries(name):
 @pytest.mark.parametrize("encoder, trunk", [("resnet18", resnet18), ("xception39", xception39)])
 @pytest.mark.parametrize("size", [(64, 96), (96, 64)])
 def test_bisenet_as_restated(encoder, trunk, size):
-    net = stirred(BiSeNet(5, width=8, encoder=encoder)).double()
+    net = stirred(BiSeNet(5, width=8, encoder=encoder, aux=True)).double()
     x = torch.rand(2, 3, *size, dtype=torch.float64)
     z = net.prepare(x)
     with torch.no_grad(): got, want = net.compute_aux(z), bisenet(z, net.state_dict(), trunk)
@@ -182,7 +182,7 @@ def test_fields():
 
 
 @pytest.mark.parametrize("build", [
-    lambda: BiSeNet(5, width=8), lambda: BiSeNet(5, width=8, encoder="xception39"), lambda: BiSeNet(5, width=8, aux=False, paths="context"),
+    lambda: BiSeNet(5, width=8, aux=True), lambda: BiSeNet(5, width=8, encoder="xception39", aux=True), lambda: BiSeNet(5, width=8, aux=False, paths="context"),
     lambda: BiSeNet(5, width=8, paths="spatial"), lambda: DFANet(5, width=2)])
 def test_contract(build): check_segmenter(build)
 
