@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from .zoo import create_model, model_options
 
-# %% ../nbs/66_compress.ipynb #ba417326
+# %% ../nbs/66_compress.ipynb #e994c8f2
 _CONV = (nn.Conv2d, nn.ConvTranspose2d)
 
 class Call(NamedTuple):
@@ -42,15 +42,15 @@ class Tape(TorchDispatchMode):
         return out
 
 def record(model: nn.Module, image: Tensor | None = None) -> tuple[list[Call], Tensor, list[Tensor]]:
-    "All operations of a pass in eval mode, auxiliary heads included; the image (random, 64x96, unless given); what comes out"
+    "All operations of a pass in eval mode, auxiliary heads included; the image (grey, 64x96, unless given); what comes out"
     weight = next((m.weight for m in model.modules() if isinstance(m, _CONV)), None)
     if weight is None: raise ValueError(f"{type(model).__name__} has no convolution: there is nothing to fold or prune")
     size = (2 * model.margin + 4,) * 2 if getattr(model, "margin", 0) else (64, 96)  # a U-Net without padding needs more
-    if image is None: image = weight.new_empty(2, getattr(model, "in_channels", weight.shape[1]), *size).uniform_()
+    if image is None: image = weight.new_empty(2, getattr(model, "in_channels", weight.shape[1]), *size).fill_(0.5)
     with torch.no_grad(), Tape(model.eval()) as tape: out = getattr(model, "forward_aux", model)(image)
     return tape.calls, image, [t for t in tree_leaves(out) if isinstance(t, Tensor)]
 
-# %% ../nbs/66_compress.ipynb #4add8bd5
+# %% ../nbs/66_compress.ipynb #d70b2126
 def norm_pairs(model: nn.Module, image: Tensor | None = None) -> tuple[dict[str, str], dict[str, str]]:
     "{norm: convolution} where the norm reads what that convolution wrote and nobody else does; {norm: why not} of all others"
     calls, _, outputs = record(model, image)
@@ -75,7 +75,7 @@ def norm_pairs(model: nn.Module, image: Tensor | None = None) -> tuple[dict[str,
         else: pairs[norm] = conv
     return pairs, kept
 
-# %% ../nbs/66_compress.ipynb #d37d1a05
+# %% ../nbs/66_compress.ipynb #873fdf84
 def fold_pair(conv: nn.Module, norm: nn.Module) -> None:
     "Change the weight and bias of `conv` so that alone it does what it and `norm` did in eval mode"
     wide = lambda t, default: torch.full_like(norm.running_var, default).double() if t is None else t.detach().double()
@@ -101,7 +101,7 @@ def fold_batchnorm(model: nn.Module, image: Tensor | None = None) -> nn.Module:
     if pairs: model.surgery = "its batch norms are folded into convolutions: save it before folding and fold after loading, or export it"
     return model
 
-# %% ../nbs/66_compress.ipynb #287fdbce
+# %% ../nbs/66_compress.ipynb #9fe2614b
 class Group(NamedTuple):
     "Channels that are ranked against one another, and the convolutions that make them: several where a sum joins them"
     layers: tuple[str, ...]
@@ -122,7 +122,7 @@ class _Numbers:
         return a
     def still(self, ids: list[int]) -> bool: return {self.root(i) for i in ids} <= {self.root(i) for i in self.fixed}
 
-# %% ../nbs/66_compress.ipynb #9eab80c1
+# %% ../nbs/66_compress.ipynb #162f7afd
 # what treats every channel alike: the channels of what comes out are those of what goes in
 ALIKE = set("""add sub rsub mul div maximum minimum relu hardtanh clamp clamp_min clamp_max leaky_relu elu sigmoid tanh silu gelu
     hardswish hardsigmoid pow sqrt rsqrt exp log abs neg where clone alias detach _to_copy copy max_pool2d_with_indices avg_pool2d
@@ -161,7 +161,7 @@ class _Follower(_Numbers):
         self.writes[call.layer] = self.join(self.writes.get(call.layer, out), out)
         return out
 
-# %% ../nbs/66_compress.ipynb #4e93cf9e
+# %% ../nbs/66_compress.ipynb #9a199a4e
 class ChannelMap(_Follower):
     """Which channels of which layers are one and the same, found from one pass of `model`, which it leaves in eval mode.
 
@@ -188,7 +188,7 @@ class ChannelMap(_Follower):
             if i not in self.fixed: found.setdefault(tuple(names), []).append(i)
         return [Group(names, tuple(ids)) for names, ids in found.items()]
 
-# %% ../nbs/66_compress.ipynb #ce67a5f1
+# %% ../nbs/66_compress.ipynb #62a9213f
 def l1_norms(filters: Tensor) -> Tensor:
     "Sum of absolute weights of each filter (Li et al. 2017): (c_out, n) -> (c_out,)"
     return filters.abs().sum(1)
@@ -215,7 +215,7 @@ def _shares(groups: list[Group], keep: float | Mapping[str, float]) -> list[floa
         if len(given) > 1: raise ValueError(f"{', '.join(g.layers)} share their channels; found different fractions {sorted(given)}")
     return [given.pop() for given in shares]
 
-# %% ../nbs/66_compress.ipynb #bed16b12
+# %% ../nbs/66_compress.ipynb #4c754c10
 def _cut(layer: nn.Module, out: list[int], into: list[int]) -> None:
     "Keep these channels of a convolution, norm or PReLU"
     keep = lambda t, index, dim=0: nn.Parameter(t.detach().index_select(dim, torch.tensor(index, device=t.device)), t.requires_grad)
@@ -238,17 +238,18 @@ def _as_option(model: nn.Module, keep) -> nn.Module:
     if card is not None and not isinstance(keep, Mapping) and "width" in model_options(card.name):
         width = card.options.get("width", default := model_options(card.name)["width"]) or 0
         options = {**card.options, "width": round(width * keep) if isinstance(default, int) else float(f"{width * keep:.9g}")}
-        try: fresh = create_model(card.name, card.num_classes, card.in_channels, **options)
+        try:
+            with torch.random.fork_rng(devices=[]): fresh = create_model(card.name, card.num_classes, card.in_channels, **options)
         except (ValueError, TypeError): fresh = None
         if fresh is not None and {k: v.shape for k, v in fresh.state_dict().items()} == {k: v.shape for k, v in state.items()}:
-            fresh.to(next(iter(state.values()))).load_state_dict(state)
+            fresh.to(next(model.parameters())).load_state_dict(state)
             for p, q in zip(fresh.parameters(), model.parameters()): p.requires_grad_(q.requires_grad)
             fresh.card = replace(card, options=options)
             return fresh
     model.surgery = "it is pruned to widths that no option of create_model gives: keep the unpruned file, and export this one"
     return model
 
-# %% ../nbs/66_compress.ipynb #9e13d7f3
+# %% ../nbs/66_compress.ipynb #bc69da7a
 def prune_filters(model: nn.Module, keep: float | Mapping[str, float], score: Callable[[Tensor], Tensor] = l1_norms,
                   image: Tensor | None = None) -> nn.Module:
     """A copy without the channels whose filters have the smallest sums of absolute weights (Li et al. 2017): smaller layers, no masks.

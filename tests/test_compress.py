@@ -197,3 +197,12 @@ def test_a_pruned_network_learns_on():
         loss.backward()
         opt.step()
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_no_random_number_is_used_and_the_mode_is_kept():
+    net = create_model("contextnet_cn14", 3, width=0.5).train()
+    before, state = torch.get_rng_state(), {k: v.clone() for k, v in net.state_dict().items()}
+    small = prune_filters(net, 0.5)
+    fold_batchnorm(net)
+    assert torch.equal(torch.get_rng_state(), before) and net.training and small.training
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
