@@ -6,7 +6,7 @@
 __all__ = ['PHOTOS', 'FILMS', 'Frame', 'Segmented', 'seamless', 'predict_large', 'ahead', 'natural', 'moving', 'frames_of',
            'FrameRate', 'Smoother', 'flicker', 'stream']
 
-# %% ../nbs/68_stream.ipynb #9ec0e804
+# %% ../nbs/68_stream.ipynb #e0cb0ce4
 import math, queue, re, struct, threading, time, warnings, zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -24,7 +24,7 @@ from .core import VOID, atomic_path
 from .inference import (_anchor, _evaluating, _logits, _open, _pil_array, _resized, _stride,
                               as_image, halo_for, tile_spans)
 
-# %% ../nbs/68_stream.ipynb #17358274
+# %% ../nbs/68_stream.ipynb #29cbff56
 def _unit(model: nn.Module) -> int:
     "Windows start at multiples of this: some networks pool by 32 and say stride 1, since they take any size themselves"
     return math.lcm(_stride(model), 32)
@@ -41,7 +41,7 @@ def seamless(model: nn.Module, limit: int = 1024) -> int | None:
     error = (window[..., halo:-halo or None] - whole[..., unit+halo:-halo or None]).abs().max()
     return halo if error <= 1e-4 * (whole.max() - whole.min()) else None
 
-# %% ../nbs/68_stream.ipynb #8a86a5df
+# %% ../nbs/68_stream.ipynb #1d68c30e
 def _pixels(source) -> Callable[[], np.ndarray]:
     "A function that gives the pixels; a .npy file is mapped anew each time, so that its pages do not pile up"
     if isinstance(source, np.ndarray): return lambda: source
@@ -62,7 +62,7 @@ def _label_bands(model: nn.Module, pixels, tile: int, halo: int) -> Iterator[np.
             band[:, c0:c1] = scores.max(0).indices.cpu().numpy()
         yield band
 
-# %% ../nbs/68_stream.ipynb #49d89133
+# %% ../nbs/68_stream.ipynb #82eeac14
 def _write_npy(file, height: int, width: int, bands) -> None:
     np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=(height, width)))
     for band in bands: file.write(band.tobytes())
@@ -77,7 +77,7 @@ def _write_png(file, height: int, width: int, bands) -> None:
     chunk(b"IDAT", squeeze.flush())
     chunk(b"IEND", b"")
 
-# %% ../nbs/68_stream.ipynb #aee07394
+# %% ../nbs/68_stream.ipynb #870a0028
 def predict_large(model: nn.Module,
                   source,  # .npy file or array (H, W) or (H, W, 3), bytes or floats in [0, 1]; other files are decoded whole, as bytes
                   out: str | Path,  # .npy or .png; written under another name, then renamed
@@ -103,7 +103,7 @@ def predict_large(model: nn.Module,
         with open(temporary, "wb") as file: write(file, *shape[:2], _label_bands(model, pixels, tile, halo))
     return out
 
-# %% ../nbs/68_stream.ipynb #e44fde45
+# %% ../nbs/68_stream.ipynb #1f217b78
 def ahead(items: Iterable, depth: int = 4) -> Iterator:
     """The same items in the same order, fetched by a thread that is at most `depth` of them ahead.
 
@@ -131,7 +131,7 @@ def ahead(items: Iterable, depth: int = 4) -> Iterator:
         while thread.is_alive():  # it may be waiting to put something: make room
             with suppress(queue.Empty): box.get(timeout=0.01)
 
-# %% ../nbs/68_stream.ipynb #1425d441
+# %% ../nbs/68_stream.ipynb #6725f8ab
 PHOTOS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 FILMS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm"}
 Frame = NamedTuple("Frame", [("name", str), ("image", object)])
@@ -161,7 +161,7 @@ def _film(path: Path) -> Iterator[np.ndarray]:
     except ImportError: raise ValueError(f"{path} needs the package av, which decodes films: pip install av (GIF works without)") from None
     with av.open(str(path)) as film: yield from (frame.to_ndarray(format="rgb24") for frame in film.decode(video=0))
 
-# %% ../nbs/68_stream.ipynb #0c1053d8
+# %% ../nbs/68_stream.ipynb #b12f12ff
 @dataclass
 class FrameRate:
     "Who worked when. The first batches pay for warming up, and are kept apart"
@@ -188,7 +188,7 @@ class FrameRate:
         return (f"{s['rate']:.1f} frames/s over {s['frames']} frames, after {s['warmup']} to warm up; "
                 f"alone: reading {s['read']:.0f}, network {s['run']:.1f}, writing {s['write']:.0f} frames/s")
 
-# %% ../nbs/68_stream.ipynb #b609b7c5
+# %% ../nbs/68_stream.ipynb #86becc65
 class Smoother:
     "Exponential smoothing of probabilities: alpha times this frame plus (1 - alpha) times what was said so far; 1 changes nothing"
     def __init__(self, alpha: float = 1.0):
@@ -206,7 +206,7 @@ def flicker(labels: Tensor, truth: Tensor | None = None) -> float:  # both (T, H
     if truth is not None: changed = changed[(truth[1:] == truth[:-1]) & (truth[1:] != VOID)]
     return float(changed.double().mean())
 
-# %% ../nbs/68_stream.ipynb #9da6be3a
+# %% ../nbs/68_stream.ipynb #121b8321
 Segmented = NamedTuple("Segmented", [("number", int), ("name", str), ("image", Tensor), ("labels", Tensor)])
 Segmented.__doc__ = "A frame, image (C, H, W) in [0, 1], with its answer, labels (H, W) int64"
 
@@ -244,7 +244,7 @@ def _run(model: nn.Module, frames, batch: int, smooth: Smoother, rate: FrameRate
             for frame, answer in zip(group, labels): yield Segmented(*frame[:3], answer)
     finally: frames.close()
 
-# %% ../nbs/68_stream.ipynb #eeb5f73d
+# %% ../nbs/68_stream.ipynb #37018cde
 def stream(model: nn.Module,
            frames,  # folder, film, or an iterable of frames, each anything `as_image` reads
            batch: int = 1,  # frames that the network sees at once: later answers, perhaps more of them
