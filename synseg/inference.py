@@ -109,16 +109,16 @@ def _views(model: nn.Module, x: Tensor, tta: bool) -> Tensor:
 def _windows(model: nn.Module, x: Tensor, tile: int | None, tta: bool, halo: int | None):
     "Yield (rows, columns, scores (K, h, w)) for each tile of x (C, H, W); `model` sees one window at a time"
     (h, w), device = x.shape[-2:], _anchor(model).device
-    unit = _stride(model) * (4 if tta else 1)
+    unit, grid = (n * (4 if tta else 1) for n in (_stride(model), math.lcm(_stride(model), 32)))
     if tta: x = F.pad(x[None], (0, -w % unit, 0, -h % unit), mode="replicate")[0]
     if tile is None: tile, halo = max(x.shape[-2:]), 0
     elif halo is None: halo = _safe_halo(model, tile)
     if tile < 1 or halo < 0: raise ValueError(f"tile is {tile}, halo {halo}: a tile has at least 1 pixel, a halo at least 0")
-    tile = math.ceil(tile / unit) * unit
-    halo = math.ceil(halo / (min(SCALES) if tta else 1) / unit) * unit
+    tile = math.ceil(tile / grid) * grid  # networks that pad nothing themselves still pool, by 32 at most
+    halo = math.ceil(halo / (min(SCALES) if tta else 1) / grid) * grid
     least = math.ceil(64 / min(SCALES)) if tta else 64
-    for top, bottom, r0, r1 in tile_spans(x.shape[-2], tile, halo, least, unit):
-        for left, right, c0, c1 in tile_spans(x.shape[-1], tile, halo, least, unit):
+    for top, bottom, r0, r1 in tile_spans(x.shape[-2], tile, halo, least, grid):
+        for left, right, c0, c1 in tile_spans(x.shape[-1], tile, halo, least, grid):
             window = x[None, :, top:bottom, left:right].to(device).contiguous(memory_format=torch.channels_last)
             scores = _views(model, window, tta)[0, :, r0-top:r1-top, c0-left:c1-left]
             yield slice(r0, min(r1, h)), slice(c0, min(c1, w)), scores[:, :h-r0, :w-c0].float().cpu()

@@ -13,6 +13,7 @@ from torch import nn
 from synseg.check import receptive_field
 from synseg.inference import (SCALES, _bands, _resized, as_image, halo_for, predict, predict_probabilities, tile_spans)
 from synseg.unet import UNet, ValidUNet, unet_small
+from synseg.zoo import create_model
 
 
 def network(num_classes=5, in_channels=3, seed=0, **options):
@@ -228,3 +229,10 @@ def test_bad_files_are_explained(tmp_path):
 def test_impossible_settings_are_refused(how):
     with pytest.raises(ValueError):
         predict(network(), torch.rand(3, 64, 64), **how)
+
+
+@pytest.mark.parametrize("name, options", [("segnet", dict(width=4)), ("fc_densenet56", dict(width=4, growth=2))])
+def test_networks_that_say_stride_1_and_pool_have_no_seams_either(name, options):
+    torch.manual_seed(0)
+    model, x = create_model(name, 3, **options).eval(), torch.rand(3, 70, 411)
+    torch.testing.assert_close(predict_probabilities(model, x, tile=150, halo=250), predict_probabilities(model, x), rtol=1e-3, atol=1e-4)
