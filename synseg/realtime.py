@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'FULL', 'CLASSES', 'PIPELINED', 'RIVALS', 'TURNED', 'Published', 'Setting', 'unable', 'network',
            'prepare', 'camera', 'upload', 'download', 'serve', 'present', 'sizes', 'settings', 'plan', 'frames',
-           'skips', 'agree', 'frame_memory', 'memory', 'profile_layers', 'rates', 'report']
+           'agree', 'frame_memory', 'profile_layers', 'rates', 'report']
 
 # %% ../nbs/65_realtime.ipynb #4be73ec8
 import contextlib, copy, importlib, itertools, statistics, time
@@ -64,8 +64,8 @@ class Setting:
         said = dict(folded=self.folded, bf16=self.precision == "bf16", compiled=self.compiled)
         return ", ".join([k for k, v in said.items() if v] + ["channels-last"] * (self.layout == "channels-last"))
 
-    @property
-    def group(self) -> str: return f"{self.size[0]}x{self.size[1]}" + ", pipelined" * (self.transfers == PIPELINED)
+    group = property(lambda self: f"{self.size[0]}x{self.size[1]}" + ", pipelined" * (self.transfers == PIPELINED))
+    memory_format = property(lambda self: torch.channels_last if self.layout == "channels-last" else torch.contiguous_format)
 
 # %% ../nbs/65_realtime.ipynb #73f8d9f2
 def unable(setting: Setting) -> str | None:
@@ -87,14 +87,12 @@ def prepare(net: nn.Module, setting: Setting, device: str | torch.device = "cpu"
     if reason := unable(setting): raise RuntimeError(reason)
     net, device = copy.deepcopy(net).eval(), torch.device(device)
     if setting.folded: net = importlib.import_module("synseg.compress").fold_batchnorm(net)
-    net = net.to(device, memory_format=_layout(setting))
+    net = net.to(device, memory_format=setting.memory_format)
     if setting.compiled: net = torch.compile(net)
     def run(x: Tensor) -> Tensor:
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
             return net(x).max(1).indices.to(torch.uint8)
     return run
-
-def _layout(setting: Setting): return torch.channels_last if setting.layout == "channels-last" else torch.contiguous_format
 
 # %% ../nbs/65_realtime.ipynb #76d03b2f
 def camera(size: tuple[int, int], n: int, pinned: bool = False) -> list[Tensor]:  # n times (H, W, 3) uint8
@@ -105,20 +103,17 @@ def camera(size: tuple[int, int], n: int, pinned: bool = False) -> list[Tensor]:
 def upload(shot: Tensor, setting: Setting, device: torch.device) -> Tensor:  # (1, 3, H, W) float32 in [0, 1]
     "Bytes to the device, and floats there; on a CPU this is a copy"
     x = shot.to(device, non_blocking=True).movedim(-1, 0)[None].float() / 255
-    return x.contiguous(memory_format=_layout(setting))
+    return x.contiguous(memory_format=setting.memory_format)
 
-def download(labels: Tensor) -> Tensor:
-    "Labels back into the computer's memory"
-    return torch.empty(labels.shape, dtype=labels.dtype, pin_memory=labels.is_cuda).copy_(labels, non_blocking=True)
+def download(labels: Tensor, wait: bool = True) -> Tensor:
+    "Labels back into the computer's memory; without `wait` they may still be on their way"
+    return torch.empty(labels.shape, dtype=labels.dtype, pin_memory=labels.is_cuda).copy_(labels, non_blocking=not wait)
 
+# %% ../nbs/65_realtime.ipynb #7063138a
 def serve(run: Callable[[Tensor], Tensor], shots: Sequence[Tensor], setting: Setting, device: torch.device) -> list[Tensor]:
     "The labels of each shot in order, as `setting.transfers` says"
     if setting.transfers == PIPELINED: return (_streams if device.type == "cuda" else _threads)(run, shots, setting, device)
-    found = []
-    for shot in shots:
-        found.append(download(run(upload(shot, setting, device))))
-        if device.type == "cuda": torch.cuda.synchronize()
-    return found
+    return [download(run(upload(shot, setting, device))) for shot in shots]
 
 def _threads(run, shots, setting, device) -> list[Tensor]:
     "Two helpers fetch the next frame and carry the last labels away while this thread computes"
@@ -145,7 +140,7 @@ def _streams(run, shots, setting, device) -> list[Tensor]:
         x.record_stream(main)
         labels = run(x)
         down.wait_event(main.record_event())
-        with torch.cuda.stream(down): found.append(download(labels))
+        with torch.cuda.stream(down): found.append(download(labels, wait=False))
         labels.record_stream(down)
     down.synchronize()
     return found
@@ -163,13 +158,14 @@ def sizes(largest: tuple[int, int]) -> list[tuple[int, int]]:
     return found
 
 def settings(name: str, size: tuple[int, int], last: bool, device: torch.device) -> list[Setting]:
-    "Those in which a network is run: plain first. On a CPU bfloat16 is slow and compiling takes long: at the `last`, smallest size alone"
-    plain, deep = Setting(tuple(size)), last or device.type == "cuda"
+    "Those in which a network is run: plain first. On a CPU, where both may take minutes, bf16 and compiling for two at the `last` size alone"
+    plain, deep = Setting(tuple(size)), device.type == "cuda" or last and name in TURNED[:2]
     if name not in TURNED: return [plain]
     best = replace(plain, folded=True, layout="channels-last")
     return [plain, replace(plain, folded=True), replace(plain, layout="channels-last"), best, replace(plain, transfers=PIPELINED),
             replace(best, transfers=PIPELINED), *[replace(plain, precision="bf16"), replace(best, compiled=True)] * deep]
 
+# %% ../nbs/65_realtime.ipynb #e97be01a
 def _entry(name: str, net: nn.Module, setting: Setting, device: torch.device, truth: Tensor | None) -> tuple[Entry, Tensor]:
     "An entry that has run once, and its first labels"
     run, gpu = prepare(net, setting, device), device.type == "cuda"
@@ -196,9 +192,7 @@ def plan(largest: tuple[int, int], device: torch.device) -> tuple[list[Entry], d
 
 def frames(largest: tuple[int, int], device: torch.device) -> list[Entry]: return plan(tuple(largest), device)[0]
 
-def skips(largest: tuple[int, int], device: torch.device) -> dict[str, str]:  # what is not run: why
-    return plan(tuple(largest), device)[1] | ({} if device.type == "cuda" else {"on a GPU": f"this run is on the {device.type}"})
-
+# %% ../nbs/65_realtime.ipynb #091f7ebe
 def agree(largest: tuple[int, int]) -> dict[str, float]:
     "On the CPU, smallest size: the largest share of pixels whose label a setting changes, over all networks"
     size, cpu = sizes(largest)[-1], torch.device("cpu")
@@ -217,8 +211,6 @@ def frame_memory(name: str, height: int, width: int) -> Callable[[], object]:
     setting = Setting((height, width))
     run, shots = prepare(network(name), setting), camera(setting.size, 1)
     return lambda: serve(run, shots, setting, torch.device("cpu"))
-
-def memory(largest: tuple[int, int]) -> dict[str, tuple]: return {name: (frame_memory, name, *largest) for name in present()}
 
 # %% ../nbs/65_realtime.ipynb #1bf2f0fe
 def _kind(m: nn.Module) -> str:
