@@ -149,13 +149,13 @@ def _streams(run, shots, setting, device) -> list[Tensor]:
 RIVALS = ("contextnet_cn14", "enet", "erfnet", "icnet", "segnet", "contextnet_cn18", "contextnet_cn12", "contextnet_cn124",
           "contextnet_cn14_500", "contextnet_cn14_160", "bisenet", "dfanet", "frrn_a")  # the others are compared with the first
 TURNED = RIVALS[:4]  # every knob is turned on these
-def present() -> list[str]: return [n for n in RIVALS if n in list_models()]
+def present() -> list[str]:
+    "Those that the zoo knows"
+    return [n for n in RIVALS if n in list_models()]
 
 def sizes(largest: tuple[int, int]) -> list[tuple[int, int]]:
     "A size, its half and so on down to a quarter of 1024x2048; a smaller one alone"
-    found = [tuple(largest)]
-    while min(found[-1]) >= 512: found.append(tuple(s // 2 for s in found[-1]))
-    return found
+    return [tuple(largest), *(sizes(tuple(s // 2 for s in largest)) if min(largest) >= 512 else [])]
 
 def settings(name: str, size: tuple[int, int], last: bool, device: torch.device) -> list[Setting]:
     "Those in which a network is run: plain first. On a CPU, where both may take minutes, bf16 and compiling for two at the `last` size alone"
@@ -190,13 +190,15 @@ def plan(largest: tuple[int, int], device: torch.device) -> tuple[list[Entry], d
             else: entries, truths = [*entries, entry], {setting.size: first} | truths
     return entries, skipped
 
-def frames(largest: tuple[int, int], device: torch.device) -> list[Entry]: return plan(tuple(largest), device)[0]
+def frames(largest: tuple[int, int], device: torch.device) -> list[Entry]:
+    "What is timed"
+    return plan(tuple(largest), device)[0]
 
 # %% ../nbs/65_realtime.ipynb #091f7ebe
 def agree(largest: tuple[int, int]) -> dict[str, float]:
     "On the CPU, smallest size: the largest share of pixels whose label folding changes in any network, and other settings in those of `TURNED`"
-    size, cpu = sizes(largest)[-1], torch.device("cpu")
-    plain, worst = Setting(size), {}
+    size, cpu, worst = sizes(largest)[-1], torch.device("cpu"), {}
+    plain = Setting(size)
     kinds = [replace(plain, folded=True), replace(plain, layout="channels-last"), replace(plain, transfers=PIPELINED)]
     shots = camera(size, 2)
     for name in present():
@@ -216,16 +218,14 @@ def frame_memory(name: str, height: int, width: int) -> Callable[[], object]:
 # %% ../nbs/65_realtime.ipynb #0c54f25d
 def rates(metrics: dict | None) -> dict[tuple[str, str], float]:
     "{(group, name): frames per second}: frames of a call over the median of its seconds; empty without a record"
-    groups = (metrics or {}).get("groups", {})
-    return {(g, n): statistics.median(r["figures"]["frames"]) / r["median_seconds"] for g, rows in groups.items() for n, r in rows.items()}
+    return {(g, n): statistics.median(r["figures"]["frames"]) / r["median_seconds"]
+            for g, rows in (metrics or {}).get("groups", {}).items() for n, r in rows.items()}
 
 def report(metrics: dict | None) -> str:
     "Tables 6 and 7 of Poudel et al. (2018), as printed and as measured in one run; - where the paper prints nothing, else 'not run'"
-    found, held = rates(metrics), (metrics or {}).get("memory", {})
+    found, held, show = rates(metrics), (metrics or {}).get("memory", {}), lambda v: None if v is None else f"{v:g}"
     groups = list(dict.fromkeys(g for g, _ in found)) or ["measured"]
-    show = lambda v: None if v is None else f"{v:g}"
-    header = ["", "IoU", "category", "printed M", "M", "G multiply-adds", "MiB", "paper full", "half", "quarter"]
-    rows = []
+    rows = [["", "IoU", "category", "printed M", "M", "G multiply-adds", "MiB", "paper full", "half", "quarter", *groups]]
     for name in RIVALS:
         p, size = PUBLISHED.get(name, Published()), ["not run"] * 2
         if name in list_models():
@@ -235,7 +235,7 @@ def report(metrics: dict | None) -> str:
         mine = [f"{found[g, name]:.1f}" if (g, name) in found else "not run" for g in groups]
         rows.append([name, show(p.class_iou), show(p.category_iou), p.parameters, *size, *map(show, p.fps), *mine])
         if any(p.pipelined): rows.append(["  pipelined", *[None] * 6, *map(show, p.pipelined), *["" for _ in groups]])
-    rows = [[str(c) if c is not None else "-" for c in row] for row in ([*header, *groups], *rows)]
+    rows = [[str(c) if c is not None else "-" for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]).rstrip() for r in rows)
 
