@@ -149,27 +149,36 @@ def _evaluation_data(run: str, data, root, split, domain, images, size, channels
 @plain
 def predict(
     run: Annotated[str, typer.Argument(help="the --out folder of synseg train, a .safetensors file, or 'scenes'")],
-    photos: Annotated[list[Path], typer.Argument(help="photographs of any size")],
+    photos: Annotated[list[Path], typer.Argument(help="photographs of any size, folders of them, films")],
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("out"),
     size: Annotated[Optional[str], typer.Option(help="what the network sees: a shorter side in pixels, or 'full'; default: as it was trained")] = None,
     tile: Annotated[Optional[int], typer.Option(help="side of the tiles: bounds memory, does not change the answer")] = None,
     tta: Annotated[bool, typer.Option("--tta", help="average over scales and mirror image: better, six times slower")] = False,
     crf: Annotated[Optional[str], typer.Option(help="sharpen with a CRF: dense or conv")] = None,
+    batch: Annotated[int, typer.Option(help="of a folder or film: frames that the network sees at once")] = 1,
+    alpha: Annotated[float, typer.Option(help="of a folder or film: weight of each frame against those before; less flickers less")] = 1.0,
 ):
-    """Segment photographs: writes NAME_index.png (class ids), NAME_colour.png and NAME_overlay.png.
+    """Segment photographs, folders and films: writes NAME_index.png (class ids), NAME_colour.png and NAME_overlay.png.
 
     \b
     Example:
       synseg predict runs/camvid photo.jpg --out out/ --tta
+      synseg predict runs/camvid film.gif --out out/ --alpha 0.5
     """
     from synseg.core import default_device
     from synseg.inference import as_image, halo_for, predict as segment
+    from synseg.stream import moving
     from synseg.zoo import load_model
+    if any(map(moving, photos)) and (tile or tta or crf):
+        raise ValueError("--tile, --tta and --crf are for single photographs: name these one by one, as in FOLDER/*.jpg")
     model = load_model(checkpoint(run)).to(default_device())
     refine, seen = crf_layer(crf, max(2, model.num_classes)), parse_view(size, model.card.input_size)
     halo = halo_for(model) if tile else None
     space = _display_space(model)
     for photo in photos:
+        if moving(photo):
+            _write_frames(out, model, photo, seen, batch, alpha, space)
+            continue
         image = as_image(photo)
         labels = segment(model, image, tile, tta, refine, size=seen, halo=halo)
         _write_pictures(out, photo.stem, image, labels, space)
@@ -193,6 +202,16 @@ def _write_pictures(out: Path, name: str, image, labels, space):
     index = labels.numpy().astype(np.uint8)
     for kind, picture in dict(index=index, colour=space.to_colour(index), overlay=overlay(image, index, space)).items():
         with atomic_path(out / f"{name}_{kind}.png") as temporary: Image.fromarray(picture).save(temporary, format="png")
+
+def _write_frames(out: Path, model, source: Path, seen, batch: int, alpha: float, space):
+    "Stream a folder or film past a progress bar, then print the frame rate"
+    from tqdm import tqdm
+    from synseg.stream import FrameRate, frames_of, stream
+    frames, rate = frames_of(source), FrameRate()
+    total = len(frames) if isinstance(frames, list) else None
+    for frame in tqdm(stream(model, frames, batch, size=seen, alpha=alpha, rate=rate), source.name, total, unit="frame"):
+        _write_pictures(out, frame.name, frame.image, frame.labels, space)
+    typer.echo(f"{source}: {rate}")
 
 # %% ../nbs/92_cli.ipynb #26946745
 app.add_typer(recipe_app, name="recipe")

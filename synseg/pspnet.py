@@ -7,8 +7,9 @@ __all__ = ['STEMS', 'RESNETS', 'ENTRIES', 'cells', 'cell_means', 'deep_stem', 'd
            'score_head', 'PSPNet']
 
 # %% ../nbs/52_pspnet.ipynb #640c5cc2
-import torch, torch.nn.functional as F
 from collections.abc import Mapping, Sequence
+
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import Encoder, create_encoder, he_fan_out_
@@ -21,17 +22,17 @@ from .unet import he_init
 def cells(n: int,  # rows (or columns) of a map
           bins: int,  # cells along them
          ) -> list[tuple[int, int]]:  # first row of each cell, and the first one behind it
-    "Rows of each cell of adaptive pooling: floor(i n / bins) to ceil((i + 1) n / bins); neighbours share one where bins does not divide"
+    "Rows of each cell of adaptive pooling: floor(i n / bins) to ceil((i + 1) n / bins); neighbours share the row that their border cuts"
     return [(i * n // bins, -(-(i + 1) * n // bins)) for i in range(bins)]
 
 # %% ../nbs/52_pspnet.ipynb #37598431
 def cell_means(x: Tensor, bins: int) -> Tensor: # (N, C, H, W) -> (N, C, bins, bins)
     "Means over bins x bins cells from one integral image (Crow 1984): four numbers for each cell, however large it is"
-    sums = F.pad(x.cumsum(-1).cumsum(-2), (1, 0, 1, 0))  # sums[r, c]: over all rows before r and columns before c
+    sums = F.pad(x.double().cumsum(-1).cumsum(-2), (1, 0, 1, 0))  # [r, c]: over rows before r, columns before c; differences cancel
     (top, bottom), (left, right) = (torch.tensor(cells(n, bins), device=x.device).T for n in x.shape[-2:])
     at = lambda rows, columns: sums[..., rows[:, None], columns]
     total = at(bottom, right) - at(top, right) - at(bottom, left) + at(top, left)
-    return total / ((bottom - top)[:, None] * (right - left))
+    return (total / ((bottom - top)[:, None] * (right - left))).to(x.dtype)
 
 # %% ../nbs/52_pspnet.ipynb #3858f388
 STEMS = ("deep", "plain")
@@ -72,33 +73,17 @@ def on_grid(z: Tensor, stride: int = 8) -> Tensor: # (N, K, h, w) -> (N, K, (h -
     return F.interpolate(z, [(n - 1) * stride + 1 for n in z.shape[-2:]], mode="bilinear", align_corners=True)
 
 # %% ../nbs/52_pspnet.ipynb #49274f6c
-def score_head(c_in: int, c_mid: int, num_classes: int, dropout: float = 0.1) -> nn.Sequential:
-    "3x3, norm, ReLU, dropout, 1x1 scores: PSPNet's main head (c_mid 512) and its auxiliary one (256)"
-    return nn.Sequential(*ConvNormAct(c_in, c_mid), nn.Dropout(dropout), nn.Conv2d(c_mid, num_classes, 1))
-
-# %% ../nbs/52_pspnet.ipynb #2f97a7a7
 _DEEP = ("torchvision's ImageNet weights have a 7x7 stem, for which stem='plain'; the deep stem takes a file of timm's resnet50s or "
          "resnet101s, or None")
 
-class PSPNet(Segmenter):
-    """Pyramid scene parsing network (Zhao et al. 2017, fig. 3): ResNet of output stride 8, means over `bins`, one 3x3, scores.
-
-    `encoder`: one of RESNETS; `stem`: deep (the authors') or plain (7x7, fits ImageNet weights); `bins=()` leaves the pyramid out, the
-    paper's baseline. With `aux=True` a head on layer3, whose logits `forward_aux` returns. Heads are 8 and 4 times `width` wide, 512
-    and 256 for 64. Training takes two images or more where a bin is 1. ValueError for other names."""
-    def __init__(self, num_classes: int, in_channels: int = 3, *, encoder: str = "resnet101", stem: str = "deep",
-                 width: int | None = None, bins: Sequence[int] = (1, 2, 3, 6), dropout: float = 0.1, aux: bool = False):
-        if stem not in STEMS: raise ValueError(f"stem is {stem!r}; choose one of {', '.join(STEMS)}")
-        if encoder not in RESNETS: raise ValueError(f"encoder is {encoder!r}; choose one of {', '.join(RESNETS)}")
+class _OnResNet(Segmenter):
+    "A ResNet of output stride 8 in `encoder`, its stem deep or plain, and images of 8 k + 1 pixels"
+    def __init__(self, num_classes: int, in_channels: int, encoder: str, stem: str, width: int | None):
+        for what, value, known in (("stem", stem, STEMS), ("encoder", encoder, RESNETS)):
+            if value not in known: raise ValueError(f"{what} is {value!r}; choose one of {', '.join(known)}")
         super().__init__(num_classes, in_channels, stride=1, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        self.stem, options = stem, dict(output_stride=8, width=width, in_channels=in_channels)
-        self.encoder = deep_stem_encoder(encoder, **options) if stem == "deep" else create_encoder(encoder, **options)
-        *_, middle, top = self.encoder.channels
-        base = 64 if width is None else width
-        self.pyramid = PyramidPooling(top, bins=tuple(bins)) if bins else nn.Identity()
-        self.head = score_head(getattr(self.pyramid, "out_channels", top), 8 * base, num_classes, dropout)
-        self.aux_head = score_head(middle, 4 * base, num_classes, dropout) if aux else None
-        for part in (self.pyramid, self.head, self.aux_head): he_init(part) if part else None
+        make = deep_stem_encoder if stem == "deep" else create_encoder
+        self.stem, self.encoder = stem, make(encoder, output_stride=8, width=width, in_channels=in_channels)
 
     @property
     def imagenet(self) -> str:
@@ -107,16 +92,37 @@ class PSPNet(Segmenter):
         return self.encoder.imagenet
 
     def load_encoder(self, state: Mapping[str, Tensor], source: str = "the given weights") -> None:
-        "As every network's. The deep stem refuses torchvision's files in its own words"
+        "As every network's; the deep stem refuses torchvision's files in its own words"
         bad = [k for k, v in self.encoder.state_dict().items() if v.ndim and (k not in state or state[k].shape != v.shape)]
         if self.stem == "deep" and bad:
-            raise ValueError(f"{source} does not fit the encoder of PSPNet: {bad[0]!r} is missing or of another shape ({len(bad)} "
-                             f"such tensors). {_DEEP}")
+            raise ValueError(f"{source} does not fit the encoder of {type(self).__name__}: {bad[0]!r} is missing or of another shape "
+                             f"({len(bad)} such tensors). {_DEEP}")
         super().load_encoder(state, source)
 
     def prepare(self, x: Tensor) -> Tensor:
         "The checked and normalised image, mirrored up to sizes 8 k + 1"
         return grow_to_grid(super().prepare(x))
+
+# %% ../nbs/52_pspnet.ipynb #2f97a7a7
+def score_head(c_in: int, c_mid: int, num_classes: int, dropout: float = 0.1) -> nn.Sequential:
+    "3x3, norm, ReLU, dropout, 1x1 scores: PSPNet's main head (c_mid 512) and its auxiliary one (256)"
+    return nn.Sequential(*ConvNormAct(c_in, c_mid), nn.Dropout(dropout), nn.Conv2d(c_mid, num_classes, 1))
+
+class PSPNet(_OnResNet):
+    """Pyramid scene parsing network (Zhao et al. 2017, fig. 3): ResNet of output stride 8, means over `bins`, one 3x3, scores.
+
+    `encoder`: one of RESNETS; `stem`: deep (the authors') or plain (7x7, fits ImageNet weights); `bins=()` leaves the pyramid out, the
+    paper's baseline. With `aux=True` a head on layer3, whose logits `forward_aux` returns. Heads are 8 and 4 times `width` wide, 512
+    and 256 for 64. Training takes two images or more where a bin is 1. ValueError for other names."""
+    def __init__(self, num_classes: int, in_channels: int = 3, *, encoder: str = "resnet101", stem: str = "deep",
+                 width: int | None = None, bins: Sequence[int] = (1, 2, 3, 6), dropout: float = 0.1, aux: bool = False):
+        super().__init__(num_classes, in_channels, encoder, stem, width)
+        *_, middle, top = self.encoder.channels
+        base = 64 if width is None else width
+        self.pyramid = PyramidPooling(top, bins=tuple(bins)) if bins else nn.Identity()
+        self.head = score_head(getattr(self.pyramid, "out_channels", top), 8 * base, num_classes, dropout)
+        self.aux_head = score_head(middle, 4 * base, num_classes, dropout) if aux else None
+        for part in filter(None, (self.pyramid, self.head, self.aux_head)): he_init(part)
 
     def compute(self, x: Tensor) -> Tensor: return on_grid(self.head(self.pyramid(self.encoder(x)[-1])))
 

@@ -377,3 +377,19 @@ def test_program_from_the_shell(run, photo, tmp_path):
     wrong = subprocess.run([*PROGRAM, "evaluate", str(tmp_path / "gone")], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("synseg: ") and wrong.stdout == ""
     assert Path(tmp_path / "o" / "photo_overlay.png").stat().st_size > 1000
+
+
+def test_folders_and_films_are_streamed(run, photo, tmp_path):
+    pages = [Image.fromarray(np.full((70, 90, 3), v, np.uint8)) for v in (20, 120, 220)]
+    pages[0].save(tmp_path / "film.gif", save_all=True, append_images=pages[1:])
+    (tmp_path / "photos").mkdir()
+    for i in (2, 10): Image.open(photo).save(tmp_path / "photos" / f"p{i}.png")
+    code, out, err = synseg("predict", run, tmp_path / "film.gif", tmp_path / "photos", "--out", tmp_path / "out", "--batch", 2, "--alpha", 0.5)
+    assert code == 0 and "frames/s over 1 frames, after 2 to warm up" in out and "too few for a rate" in out and "frame" in err
+    assert {p.name[:-10] for p in (tmp_path / "out").glob("*_index.png")} == {"film_000000", "film_000001", "film_000002", "p2", "p10"}
+    assert np.asarray(Image.open(tmp_path / "out" / "p10_index.png")).shape == (83, 131)
+    assert "one by one" in refused("predict", run, tmp_path / "photos", "--tta", "--out", tmp_path)
+    assert "alpha is 0.0" in refused("predict", run, tmp_path / "photos", "--alpha", 0, "--out", tmp_path)
+    assert "no folder" in refused("predict", run, tmp_path / "gone.gif", "--out", tmp_path)
+    (tmp_path / "none").mkdir()
+    assert "no photographs" in refused("predict", run, tmp_path / "none", "--out", tmp_path)

@@ -24,6 +24,10 @@ SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(
             for n in ("w18", "w32", "w48", "w18_small_v1", "w18_small_v2")},
          "spinenet49": dict(width=4),
          "mssa": dict(width=2),
+         "enet": dict(width=4), "erfnet": dict(width=4),
+         "bisenet": dict(width=8), "dfanet": dict(width=2),
+         "icnet": dict(width=4),
+         "frrn_a": dict(width=4), "frrn_b": dict(width=4),
          **{f"contextnet_{v}": dict(width=0.125) for v in ("cn14", "cn12", "cn18", "cn124", "cn14_500", "cn14_160")}}
 
 
@@ -201,3 +205,10 @@ def test_save_refuses(tmp_path):
 def test_card_from_json_is_strict():
     for text in ("{}", "[]", "null", '{"name": "unet"}'):
         with pytest.raises((KeyError, TypeError, ValueError)): ModelCard.from_json(text)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_only_the_valid_unet_is_marked_as_valid(name):
+    "`valid` and `margin` tell the engine to crop labels and `predict` to tile: no other network may use these names for itself"
+    with torch.device("meta"): model = create_model(name, 3, **SMALL.get(name, {}))
+    assert bool(getattr(model, "valid", False)) == bool(getattr(model, "margin", 0)) == (name == "unet_valid")
