@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from . import realtime
 from .core import machine_info, record_result, seed_everything
 from .rivals import (CLASSES, KMEANS_K, SIZE, crf_agree, crf_entries, crf_memory, kmeans_entries, metrics_agree, metrics_entries)
 from .stopwatch import Entry, Table, compare, missing, peak_memory
@@ -26,6 +27,11 @@ class Case:
     peers: dict[str, str]  # module of a rival -> command that installs it
     agree: Callable[[tuple[int, int]], dict] = lambda size: {}  # how far the answers agree: text -> number
     memory: Callable[[tuple[int, int]], dict] = lambda size: {}  # whose memory is measured: text -> arguments of `peak_memory`
+    size: tuple[int, int] = SIZE  # unless another is asked for
+    least: int = 16  # rows and columns of a picture
+    classes: int = CLASSES
+    skips: Callable[[tuple[int, int], torch.device], dict] = lambda size, device: {}  # what is not run: why
+    sheet: Callable[[dict], str] | None = None  # a table of its own, from the plain values
 
     def absent(self) -> dict[str, str]:
         "Rivals that are not installed, and the command for each"
@@ -38,6 +44,10 @@ CASES: dict[str, Case] = {case.name: case for case in [
          {"torchmetrics": _COURSE}, metrics_agree),
     Case("kmeans", f"K-means in position and colour, {KMEANS_K} clusters, 1 and 10 restarts, beside scikit-learn", kmeans_entries, {}),
     Case("crf", "dense CRF and ConvCRF, beside pydensecrf2 and the exact answer", crf_entries, {"pydensecrf": _CRF}, crf_agree, crf_memory),
+    Case("realtime", "frames per second of ContextNet and its rivals, with transfers, in several settings", realtime.frames, {}, realtime.agree,
+         lambda size: {name: (realtime.frame_memory, name, *size) for name in realtime.present()}, (512, 1024), 64, realtime.CLASSES,
+         lambda size, device: realtime.plan(size, device)[1] | ({} if device.type == "cuda" else {"on a GPU": f"this run is on the {device.type}"}),
+         realtime.report),
 ]}
 
 def case(name: str) -> Case:
@@ -54,10 +64,12 @@ class Outcome:
     agreement: dict
     memory: dict  # text -> {peak, before} in bytes
     device: str
+    not_run: dict  # what: why
 
     def metrics(self) -> dict:
-        "Plain values: the table's, how far the answers agree, memory, and who was not installed"
-        return self.table.metrics() | dict(agreement=self.agreement, memory=self.memory, not_installed=self.case.absent(), machine=machine_info())
+        "Plain values: the table's, how far the answers agree, memory, who was not installed, what was not run"
+        return self.table.metrics() | dict(agreement=self.agreement, memory=self.memory, not_installed=self.case.absent(), not_run=self.not_run,
+                                           machine=machine_info())
 
 # %% ../nbs/99_benchmark.ipynb #89c7e785
 def _working(device: str | torch.device) -> torch.device:
@@ -66,15 +78,16 @@ def _working(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} does not work here: {str(error).splitlines()[0]}; take cpu, or see synseg doctor") from None
 
-def run(name: str, size: tuple[int, int] = SIZE, rounds: int = 5, device: str | torch.device = "cpu",
+def run(name: str, size: tuple[int, int] | None = None, rounds: int = 5, device: str | torch.device = "cpu",
         record: str | Path | None = None,  # folder for benchmark_NAME.json
         *, memory_too: bool = True,  # measure memory as well, where the case asks for it
         say: Callable[[str], object] = lambda text: None,  # hears what is being done
         **timing,  # goes on to `compare`: least, limit, repeats
        ) -> Outcome:
     "Make a comparison: answers first, then times, then memory. ValueError for a name or a size that cannot be"
-    chosen, size = case(name), tuple(size)
-    if min(size) < 16: raise ValueError(f"size is {size[0]}x{size[1]}; a picture has at least 16 rows and columns")
+    chosen = case(name)
+    size = tuple(size or chosen.size)
+    if min(size) < chosen.least: raise ValueError(f"size is {size[0]}x{size[1]}; a picture has at least {chosen.least} rows and columns")
     if rounds < 1: raise ValueError(f"{rounds} rounds found; expected at least one")
     device = _working(device)
     seed_everything(0)
@@ -85,10 +98,10 @@ def run(name: str, size: tuple[int, int] = SIZE, rounds: int = 5, device: str | 
     for text, call in chosen.memory(size).items() if memory_too else ():
         say(f"memory in a fresh process: {text}")
         memory[text] = peak_memory(*call)
-    outcome = Outcome(chosen, size, table, agreement, memory, str(device))
+    outcome = Outcome(chosen, size, table, agreement, memory, str(device), chosen.skips(size, device))
     if record:
-        suffix = "" if size == SIZE and str(device) == "cpu" else f"_{size[0]}x{size[1]}_{device.type}"
-        config = dict(size=list(size), classes=CLASSES, rounds=rounds, device=str(device))
+        suffix = "" if size == chosen.size and str(device) == "cpu" else f"_{size[0]}x{size[1]}_{device.type}"
+        config = dict(size=list(size), classes=chosen.classes, rounds=rounds, device=str(device))
         record_result(f"benchmark_{name}{suffix}", config, outcome.metrics(), 0, record)
     return outcome
 
@@ -103,4 +116,6 @@ def report(outcome: Outcome) -> str:
     lines += [f"memory, {text}: {m['peak'] / 2**20:.0f} MiB at most, {(m['peak'] - m['before']) / 2**20:.0f} MiB of them for the call"
               for text, m in outcome.memory.items()]
     lines += [f"not installed: {name}; to compare with it: {command}" for name, command in outcome.case.absent().items()]
+    lines += [f"not run: {what}: {why}" for what, why in outcome.not_run.items()]
+    if outcome.case.sheet: lines += ["", outcome.case.sheet(outcome.metrics())]
     return "\n".join(lines).rstrip()

@@ -67,9 +67,9 @@ def recipe_run(
 # %% ../nbs/82_experiments.ipynb #2bf43c39
 @plain
 def benchmark(
-    names: Annotated[Optional[list[str]], typer.Argument(help="crf, kmeans, metrics, or all; without a name they are listed")] = None,
+    names: Annotated[Optional[list[str]], typer.Argument(help="crf, kmeans, metrics, realtime, or all; without a name they are listed")] = None,
     rounds: Annotated[int, typer.Option(help="medians are taken over so many")] = 5,
-    size: Annotated[str, typer.Option(help="height x width of the pictures")] = "360x480",
+    size: Annotated[Optional[str], typer.Option(help="height x width of the pictures; default: 360x480, for realtime 512x1024 and its half")] = None,
     device: Annotated[str, typer.Option(help="where ours runs: cpu, cuda; the others stay on the CPU")] = "cpu",
     record: Annotated[Optional[Path], typer.Option(help="also write RECORD/benchmark_NAME.json")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
@@ -90,7 +90,7 @@ def benchmark(
     found = {}
     for name in names:
         say = lambda text, name=name: typer.echo(f"{name}: {text}", err=True)
-        outcome = benchmarks.run(name, parse_size(size), rounds, device, record, say=say)
+        outcome = benchmarks.run(name, parse_size(size) if size else None, rounds, device, record, say=say)
         found[name] = outcome.metrics()
         if not as_json: typer.echo(benchmarks.report(outcome) + "\n")
     if as_json: typer.echo(json.dumps(found))

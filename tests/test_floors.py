@@ -18,7 +18,7 @@ FLOOR = dict(
     contextnet=7, enet=7, icnet=7, bisenet=7, frrn=7,
     zoo=8,
     train=9, inference=9, crf_fit=9, compress=9,
-    stream=10, deploy=10, realtime=11,
+    stream=10, deploy=10, realtime=9.5,
     optimizers=6,
     runs=10, doctor=10, notebooks=10, console=10, benchmark=10,
     authors=11, plans=11, browse=11, parity=11, oracles=12, papers=12, recipes=13, experiments=14, leaderboard=14,
