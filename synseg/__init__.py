@@ -19,6 +19,7 @@ _PUBLIC = {
     "zoo": ("list_models", "model_info", "create_model", "save_model", "load_model"),
     "train": ("Learner",),
     "inference": ("predict",),
+    "deploy": ("export",),
     "kmeans": ("KMeansSegmenter",),
     "grid_crf": ("GridCRF", "log_probs_from_labels"),
     "dense_crf": ("DenseCRF",),
