@@ -248,6 +248,7 @@ def _torch_runner(path: Path):
     text = files["synseg.json"]
     return torch.no_grad()(lambda x: module(x)), text.decode() if isinstance(text, bytes) else text
 
+# %% ../nbs/67_deploy.ipynb #ccfc9439
 def quantise(source: str | Path,  # an .onnx file of `export`
              path: str | Path,  # the new .onnx file
              images: Iterable,  # some that the network will meet, as `as_image` reads them: their ranges are kept
