@@ -69,8 +69,7 @@ def _sliced(x: Tensor, index: tuple) -> Tensor:
 def _pooled_to(x: Tensor, output_size) -> Tensor:
     bins = (output_size,) * 2 if isinstance(output_size, int) else tuple(output_size)
     if bins == (1, 1): return x.mean((2, 3), keepdim=True)
-    rows, columns = (cell_means(n, b, x) for n, b in zip(x.shape[-2:], bins))
-    return rows @ x @ columns.T
+    return cell_means(x.shape[-2], bins[0], x) @ x @ cell_means(x.shape[-1], bins[1], x).T
 
 def _halved(x: Tensor, places: bool):
     "2x2 max pooling of stride 2 that keeps the last, incomplete window: an odd edge is repeated first, which adds no new maximum"
@@ -88,8 +87,7 @@ class Portable(nn.Module):
     "A network whose padding is arithmetic on the image's size, so that no decision depends on it: the same logits"
     def __init__(self, net: nn.Module):
         super().__init__()
-        known = type(net).forward is Segmenter.forward
-        self.net, self.grown = net, _GROWN.get(type(net).prepare) if known else None
+        self.net, self.grown = net, _GROWN.get(type(net).prepare) if type(net).forward is Segmenter.forward else None
 
     def forward(self, image: Tensor) -> Tensor:
         with _OpenSizes():
@@ -117,7 +115,6 @@ def _quiet():
         finally: logging.disable(logging.NOTSET)
 
 def _reason(error: Exception) -> str:
-    "The beginning of an exporter's sentence"
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 def traced(model: nn.Module,  # on the CPU, in eval mode

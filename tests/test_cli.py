@@ -377,3 +377,13 @@ def test_program_from_the_shell(run, photo, tmp_path):
     wrong = subprocess.run([*PROGRAM, "evaluate", str(tmp_path / "gone")], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.startswith("synseg: ") and wrong.stdout == ""
     assert Path(tmp_path / "o" / "photo_overlay.png").stat().st_size > 1000
+
+
+def test_export(tmp_path):
+    code, out, _ = synseg("export", "scenes", "--out", tmp_path / "net.onnx", "--format", "onnx")
+    assert code == 0 and "any size" in out
+    code, out, _ = synseg("export", "scenes", "--out", tmp_path / "net.pt2", "--size", "64x96")
+    assert code == 0 and "images of 64x96;" in out and (tmp_path / "net.pt2").is_file()
+    assert "choose one of onnx, torch" in refused("export", "scenes", "--out", tmp_path / "net.tflite", "--format", "tflite")
+    assert "must end in .onnx" in refused("export", "scenes", "--out", tmp_path / "net.bin")
+    assert "no run nowhere" in refused("export", "nowhere", "--out", tmp_path / "a.onnx")
