@@ -139,7 +139,7 @@ def _onnx_bytes(program: torch.export.ExportedProgram, card: str, dynamic: bool)
         with _quiet():
             made = torch.onnx.export(program, dynamo=True, input_names=["image"], output_names=["logits"], verbose=False).model_proto
     except Exception as error:
-        raise ValueError(f"this network has an operation that cannot be written as ONNX ({_reason(error)}); format='torch' may do") from error
+        raise ValueError(f"this network has an operation that cannot be written as ONNX ({_reason(error)}); format='torch' may do, or for an older torch an onnxscript of its time") from error
     for value in (*made.graph.input, *made.graph.output):
         for axis, side in zip((0, 2, 3), ("batch", "height", "width")):
             if dynamic: value.type.tensor_type.shape.dim[axis].dim_param = side
