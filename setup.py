@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent
 config = configparser.ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("crf", "course", "test", "dev")}
-extras["dev"] += extras["test"] + extras["course"]
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("crf", "fast", "export", "course", "test", "dev")}
+extras["dev"] += extras["test"] + extras["course"] + extras["export"]
 
 
 class BuildWithCourse(build_py):

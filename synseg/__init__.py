@@ -20,6 +20,7 @@ _PUBLIC = {
     "compress": ("fold_batchnorm", "prune_filters"),
     "train": ("Learner",),
     "inference": ("predict",),
+    "deploy": ("export",),
     "kmeans": ("KMeansSegmenter",),
     "grid_crf": ("GridCRF", "log_probs_from_labels"),
     "dense_crf": ("DenseCRF",),

@@ -393,3 +393,13 @@ def test_folders_and_films_are_streamed(run, photo, tmp_path):
     assert "no folder" in refused("predict", run, tmp_path / "gone.gif", "--out", tmp_path)
     (tmp_path / "none").mkdir()
     assert "no photographs" in refused("predict", run, tmp_path / "none", "--out", tmp_path)
+
+
+def test_export(tmp_path):
+    code, out, _ = synseg("export", "scenes", "--out", tmp_path / "net.onnx", "--format", "onnx")
+    assert code == 0 and "any size" in out
+    code, out, _ = synseg("export", "scenes", "--out", tmp_path / "net.pt2", "--size", "64x96")
+    assert code == 0 and "images of 64x96;" in out and (tmp_path / "net.pt2").is_file()
+    assert "choose one of onnx, torch" in refused("export", "scenes", "--out", tmp_path / "net.tflite", "--format", "tflite")
+    assert "must end in .onnx" in refused("export", "scenes", "--out", tmp_path / "net.bin")
+    assert "no run nowhere" in refused("export", "nowhere", "--out", tmp_path / "a.onnx")
