@@ -115,6 +115,7 @@ def _scores(model: nn.Module, x: Tensor) -> Tensor:
     "Scores before they are enlarged, which smp does with aligned corners"
     return model.compute(model.prepare(x)) if isinstance(model, Segmenter) else model.segmentation_head[0](model.decoder(model.encoder(x)))
 
+# %% ../nbs/77_oracles.ipynb #db8f8d8a
 _ENCODERS = ("vgg16", "vgg16_bn", "resnet18", "resnet50", "resnet101", "mobilenet_v2")
 
 ORACLES: list[Oracle] = [
@@ -128,6 +129,10 @@ ORACLES: list[Oracle] = [
     Oracle("fcn8s's encoder", "torchvision", partial(Trunk, "vgg16"), partial(pool_ladder, "vgg16", 3, None, 1), answer=_last),
     *(Oracle(n, "torchvision", partial(_torchvision, n, num_classes=21, aux_loss=False), partial(create_model, n, 21), whole=n,
              reply=lambda model, x: model(x)["out"], runs=n == "fcn_resnet50") for n in ("fcn_resnet50", "fcn_resnet101")),
+]
+
+# %% ../nbs/77_oracles.ipynb #153c26c0
+ORACLES += [
     Oracle("dilated_vgg's encoder", "torchvision", _dilated_trunk, lambda: create_model("dilated_vgg", 21, padding="zeros").encoder,
            answer=_last, needs="dilated_vgg"),
     *(Oracle(f"deeplabv3 on {n}, aux", "torchvision", partial(_torchvision, f"deeplabv3_{n}", num_classes=21, aux_loss=True),

@@ -172,17 +172,7 @@ def _own(name: str, about: str, row: Row, gpu: Mapping[str, Run], data: str = "v
     score = staged if len(gpu) > 1 or row.stages else one
     return Recipe(name, about, {"smoke": smoke(row), "cpu": _hour(row, data), "gpu": gpu}, score, data)
 
-_VARIANTS = tuple(f"contextnet_{v}" for v in ("cn14", "cn18", "cn12", "cn124", "cn14_500", "cn14_160"))
-
-def _six(runs: Mapping[str, Run]) -> dict[str, Run]:
-    "The only run, once for each ContextNet"
-    return {n: replace(runs["run"], model=n) for n in _VARIANTS}
-
-_CONTEXTNETS = {"smoke": _six(smoke(REALTIME["contextnet_cn14"])), "cpu": _six(_hour(REALTIME["contextnet_cn14"], "cityscapes")),
-                "gpu": _six({"run": CONTEXTNET})}
-
-PAPERS: dict[str, Recipe] = {r.name: r for r in [
-    *(recipe for row in ROWS.values() for recipe in _camvid(row)),
+_EARLIER = [
     _own("voc_fcn8s", "FCN's own: 32s, 16s, 8s on VOC, each from the one before.", ROWS["fcn8s"], VOC_FCN),
     _own("voc_deconvnet", "DeconvNet's own: VOC in two stages, tame crops and wild ones.", ROWS["deconvnet"], deconvnet_stages()),
     _own("cityscapes_gridnet", "GridNet's own: Cityscapes from random weights, crops of 400.", ROWS["gridnet"], {"run": GRIDNET}, "cityscapes"),
@@ -195,6 +185,19 @@ PAPERS: dict[str, Recipe] = {r.name: r for r in [
     _own("cityscapes_hrnet", "HRNet's own: W48 on Cityscapes, 484 epochs of crops of 512x1024.", ROWS["hrnet_w48"], {"run": HRNET}, "cityscapes"),
     _own("cityscapes_spinenet49", "Ours, the paper has none: SpineNet-49 on Cityscapes, as HRNet.", ROWS["spinenet49"], {"run": SPINENET}, "cityscapes"),
     _own("cityscapes_mssa", "MSSA's own: Cityscapes in crops of 512, RMSprop.", ROWS["mssa"], {"run": MSSA}, "cityscapes"),
+]
+
+# %% ../nbs/48_papers.ipynb #7ef37fa5
+_VARIANTS = tuple(f"contextnet_{v}" for v in ("cn14", "cn18", "cn12", "cn124", "cn14_500", "cn14_160"))
+
+def _six(runs: Mapping[str, Run]) -> dict[str, Run]:
+    "The only run, once for each ContextNet"
+    return {n: replace(runs["run"], model=n) for n in _VARIANTS}
+
+_CONTEXTNETS = {"smoke": _six(smoke(REALTIME["contextnet_cn14"])), "cpu": _six(_hour(REALTIME["contextnet_cn14"], "cityscapes")),
+                "gpu": _six({"run": CONTEXTNET})}
+
+_QUICK = [
     Recipe("cityscapes_contextnet", "ContextNet's own: its six variants on Cityscapes, whole pictures, RMSprop.", _CONTEXTNETS, ranked, "cityscapes"),
     _own("cityscapes_enet", "ENet's own: Cityscapes at 512x1024, Adam, classes weighed by logarithms.", ROWS["enet"], {"run": ENET}, "cityscapes"),
     _own("cityscapes_erfnet", "ERFNet's own: as ENet, with poly and half the length.", ROWS["erfnet"], {"run": ERFNET}, "cityscapes"),
@@ -202,6 +205,11 @@ PAPERS: dict[str, Recipe] = {r.name: r for r in [
     _own("cityscapes_bisenet", "BiSeNet's own: Cityscapes in crops of 1024 from an ImageNet ResNet-18.", ROWS["bisenet"], {"run": BISENET}, "cityscapes"),
     _own("cityscapes_dfanet", "DFANet on Cityscapes, trained as BiSeNet is.", ROWS["dfanet"], {"run": DFANET}, "cityscapes"),
     _own("cityscapes_frrn_a", "FRRN-A's own: Cityscapes at 256x512, Adam, three at a time.", ROWS["frrn_a"], {"run": FRRN}, "cityscapes"),
+]
+
+# %% ../nbs/48_papers.ipynb #44fdf8f1
+PAPERS: dict[str, Recipe] = {r.name: r for r in [
+    *(recipe for row in ROWS.values() for recipe in _camvid(row)), *_EARLIER, *_QUICK,
     Recipe("scenes_encoder_decoder", "The encoder-decoders, narrow, on scenes, for an equal number of pictures.", _side_by_side(LADDERS), ranked),
     Recipe("scenes_context", "The networks that look further, narrow, on scenes, for an equal number of pictures.", _side_by_side(CONTEXT), ranked),
     Recipe("scenes_realtime", "The networks that answer in milliseconds, narrow, on scenes, for an equal number of pictures.", _side_by_side(REALTIME), ranked),
