@@ -17,6 +17,7 @@ _PUBLIC = {
     "losses": ("CrossEntropyLoss", "FocalLoss", "DiceLoss", "LovaszSoftmaxLoss", "median_frequency_weights"),
     "segmenter": ("ModelInfo", "Segmenter"),
     "zoo": ("list_models", "model_info", "create_model", "save_model", "load_model"),
+    "compress": ("fold_batchnorm", "prune_filters"),
     "train": ("Learner",),
     "inference": ("predict",),
     "kmeans": ("KMeansSegmenter",),

@@ -126,9 +126,9 @@ ICNET = replace(_CITY, model="icnet", size=(1024, 2048), weight_decay=1e-4, clas
                 batch_size=16, options={"aux": True}, augment=_WILD)
 
 BISENET = replace(_CITY, model="bisenet", size=(1024, 1024), lr=2.5e-2, weight_decay=1e-4, class_weights=None, batch_size=16, aux_weight=1.0,
-                  epochs=_passes(80_000, 16, CITYSCAPES_IMAGES), encoder_weights="imagenet", augment=TILES | dict(scale=(0.75, 2.0)))
+                  epochs=_passes(80_000, 16, CITYSCAPES_IMAGES), encoder_weights="imagenet", options={"aux": True}, augment=TILES | dict(scale=(0.75, 2.0)))
 
-DFANET = replace(BISENET, model="dfanet", aux_weight=0.4, encoder_weights=None)  # BiSeNet's
+DFANET = replace(BISENET, model="dfanet", aux_weight=0.4, encoder_weights=None, options={})  # BiSeNet's
 
 FRRN = replace(ENET, model="frrn_a", size=(256, 512), eval_size=(256, 512), lr=1e-3, weight_decay=0.0, schedule="step",
                schedule_options=dict(at=(0.75,)), class_weights=None, epochs=_passes(60_000, 3, CITYSCAPES_IMAGES), batch_size=3,

@@ -88,7 +88,7 @@ REALTIME: dict[str, Row] = {row.model: row for row in [
     Row("enet", 8, 50, 3e-3, frames=_one(ENET)),
     Row("erfnet", 8, 35, 1e-3, frames=_one(ERFNET)),
     Row("icnet", 8, 55, 1e-3, frames=_one(ICNET), options=_AUX),
-    Row("bisenet", 8, 22, 1e-3, frames=_one(BISENET)),
+    Row("bisenet", 8, 22, 1e-3, frames=_one(BISENET), options=_AUX),
     Row("dfanet", 4, 50, 3e-3, frames=_one(DFANET)),
     Row("frrn_a", 8, 3, 1e-3, frames=_one(FRRN, size=(180, 240), eval_size=(180, 240))),
 ]}

@@ -192,6 +192,7 @@ def save_model(model: nn.Module, path: str | Path, label_space: LabelSpace | Non
     The file appears whole or not at all: where writing fails (OSError, as on a full disk) an older file is left as it was."""
     path, card = Path(path), getattr(model, "card", None)
     if card is None: raise ValueError("only models made by create_model or load_model know their name; this one has no card")
+    if surgery := getattr(model, "surgery", None): raise ValueError(f"load_model could not rebuild this {card.name}: {surgery}")
     if path.suffix != ".safetensors": raise ValueError(f"{path.name} must end in .safetensors, the format it is written in")
     card = ModelCard(card.name, card.num_classes, card.in_channels, card.options, label_space or card.label_space,
                      tuple(input_size) if input_size else card.input_size, card.extra if extra is None else extra)

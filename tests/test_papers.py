@@ -104,7 +104,7 @@ def test_schedules_of_those_that_are_quick():
         assert found == printed, run.model
     assert ICNET.epochs * 2_975 / 16 == pytest.approx(30_000, rel=0.01)
     assert [factor(FRRN, step / 60_000) for step in (44_900, 45_100)] == pytest.approx([1, 0.1])
-    assert BISENET.aux_weight == 1 and DFANET.encoder_weights is None and replace(DFANET, model="bisenet", aux_weight=1.0, encoder_weights="imagenet") == BISENET
+    assert BISENET.aux_weight == 1 and DFANET.encoder_weights is None and replace(DFANET, model="bisenet", aux_weight=1.0, encoder_weights="imagenet", options=dict(aux=True)) == BISENET
 
 
 def test_on_camvid_what_is_said_counts():

@@ -25,6 +25,9 @@ SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(
          "spinenet49": dict(width=4),
          "mssa": dict(width=2),
          "enet": dict(width=4), "erfnet": dict(width=4),
+         "bisenet": dict(width=8), "dfanet": dict(width=2),
+         "icnet": dict(width=4),
+         "frrn_a": dict(width=4), "frrn_b": dict(width=4),
          **{f"contextnet_{v}": dict(width=0.125) for v in ("cn14", "cn12", "cn18", "cn124", "cn14_500", "cn14_160")}}
 
 
