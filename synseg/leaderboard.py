@@ -116,8 +116,8 @@ PUBLISHED: dict[str, tuple[float, float | None, str]] = {  # mean IoU and pixel 
 }
 
 def published(model: str) -> str:
-    "The paper's figure in words, or that there is none"
-    if model not in PUBLISHED: return "none on CamVid"
+    "The paper's figure in words, or that none is quoted"
+    if model not in PUBLISHED: return "none quoted on CamVid"
     iou, accuracy, where = PUBLISHED[model]
     return f"{iou} / {accuracy or '–'} ({where})"
 

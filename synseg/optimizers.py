@@ -23,20 +23,23 @@ SCHEDULES: dict[str, Callable] = {"cosine": cosine, "poly": poly, "exponential":
 # %% ../nbs/78_optimizers.ipynb #38f7268a
 def create_optimizer(name: str,  # one of OPTIMIZERS
                      model: nn.Module, lr: float, weight_decay: float = 0.0,
-                     momentum: float = 0.9,  # of sgd; the others have their own memory
+                     momentum: float | None = None,  # of sgd, 0.9 by default, and of rmsprop, 0 by default; Adam has betas
                      encoder_lr: float = 1.0,  # rate of the encoder as a share of `lr`; 0 leaves it out
                      **options,  # of the torch class: nesterov, betas, alpha, eps, ...
                     ) -> torch.optim.Optimizer:
     """An optimiser by the name papers give it; biases and the scales and shifts of norms do not decay.
 
     `weight_decay` adds that share of a weight to its gradient (adamw: to the step), so a printed penalty $\\lambda\\sum w^2$
-    is a weight_decay of $2\\lambda$. ValueError for an unknown name or option, or an `encoder_lr` where there is no encoder."""
+    is a weight_decay of $2\\lambda$. ValueError for an unknown name or option, for a momentum of Adam's, or an `encoder_lr` where
+    there is no encoder."""
     check_optimizer(name, momentum, options)
     groups = [g for part, rate in _parts(model, lr, encoder_lr) for g in _decaying(part, rate, weight_decay)]
-    if name == "sgd": options = dict(momentum=momentum) | options
+    if name in _MOMENTUM: options |= dict(momentum=_MOMENTUM[name] if momentum is None else momentum)
     if name != "rmsprop":  # torch has no fused RMSprop
         options = dict(fused=groups[0]["params"][0].device.type in ("cpu", "cuda")) | options
     return OPTIMIZERS[name](groups, lr=lr, **options)
+
+_MOMENTUM = {"sgd": 0.9, "rmsprop": 0.0}  # where nothing is said
 
 def _parts(model: nn.Module, lr: float, encoder_lr: float) -> list[tuple[list[nn.Parameter], float]]:
     "Parameters that learn, and their rate: all of them, or those of the decoder and then those of the encoder"
@@ -52,11 +55,13 @@ def _decaying(params: list[nn.Parameter], lr: float, weight_decay: float) -> lis
               dict(params=[p for p in params if p.ndim <= 1], lr=lr, weight_decay=0.0)]
     return [g for g in groups if g["params"]]
 
-def check_optimizer(name: str, momentum: float = 0.9, options=()) -> None:
+def check_optimizer(name: str, momentum: float | None = None, options=()) -> None:
     "ValueError, before anything is built, for what `create_optimizer` does not take"
     if name not in OPTIMIZERS: raise ValueError(f"optimizer is {name!r}; choose one of {', '.join(OPTIMIZERS)}")
-    if not 0 <= momentum < 1: raise ValueError(f"momentum is {momentum}; expected 0 <= momentum < 1, such as 0.9")
-    known = [p for p in inspect.signature(OPTIMIZERS[name]).parameters if p not in ("params", "lr", "weight_decay")]
+    if momentum is not None and name not in _MOMENTUM: raise ValueError(f"momentum is {momentum}, and {name} has none: leave it out, or give betas")
+    if not 0 <= (momentum or 0) < 1: raise ValueError(f"momentum is {momentum}; expected 0 <= momentum < 1, such as 0.9")
+    known = [p for p in inspect.signature(OPTIMIZERS[name]).parameters if p not in ("params", "lr", "weight_decay", "momentum")]
+    if "momentum" in options: raise ValueError("momentum is no option: it has a setting of its own, momentum=0.9")
     unknown = [o for o in options if o not in known]
     if unknown: raise ValueError(f"{name} has no option {unknown[0]!r}; choose among {', '.join(known)}")
 

@@ -8,14 +8,16 @@ __all__ = ['ORACLES', 'Trunk']
 # %% ../nbs/77_oracles.ipynb #cdb5c4cb
 from functools import partial
 
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbone import create_encoder, he_fan_out_
+from .blocks import PyramidPooling
 from .fcn import pool_ladder
 from .parity import Oracle, by_name
 from .segmenter import Segmenter
 from .segnet import encode
+from .spinenet import RESNET50, Spine
 from .zoo import create_model
 
 # %% ../nbs/77_oracles.ipynb #9a4d91b4
@@ -74,6 +76,33 @@ def _smp_state(theirs: nn.Module, ours: nn.Module) -> dict:
     return state
 
 # %% ../nbs/77_oracles.ipynb #e6cf67ec
+def _chain() -> nn.Module:
+    "SpineNet's code with the table of ResNet-50, as a plain trunk"
+    spine = Spine(RESNET50, widths={2: 1, 3: 2, 4: 4, 5: 8})
+    spine.endpoints = nn.ModuleDict()
+    for m in spine.modules():
+        if isinstance(m, nn.BatchNorm2d): m.eps = 1e-5  # torchvision's
+    return spine
+
+_CELLS = 8  # noise as a map: its pixels, eight by eight, become channels
+
+def _smp_pyramid() -> nn.Module:
+    from segmentation_models_pytorch.decoders.pspnet.decoder import PSPModule
+    return PSPModule(3 * _CELLS**2)
+
+def _smp_pyramid_state(theirs: nn.Module, ours: nn.Module) -> dict:
+    "Level by level; where smp has a bias, a norm that does nothing but add it"
+    state = {}
+    for i, (block, level) in enumerate(zip(theirs.blocks, ours.levels)):
+        conv, norm = block.pool[1][0], block.pool[1][1]
+        state[f"levels.{i}.1.weight"] = conv.weight
+        if not isinstance(norm, nn.BatchNorm2d):
+            norm, eps = nn.BatchNorm2d(conv.out_channels), level[2].eps
+            norm.bias, norm.running_var = nn.Parameter(conv.bias), torch.full_like(conv.bias, 1 - eps)
+        state |= {f"levels.{i}.2.{key}": value for key, value in norm.state_dict().items()}
+    return state
+
+# %% ../nbs/77_oracles.ipynb #14db7d47
 def _last(encoder: nn.Module, x: Tensor) -> Tensor: return encoder(x)[-1]
 
 def _both(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -86,6 +115,7 @@ def _scores(model: nn.Module, x: Tensor) -> Tensor:
     "Scores before they are enlarged, which smp does with aligned corners"
     return model.compute(model.prepare(x)) if isinstance(model, Segmenter) else model.segmentation_head[0](model.decoder(model.encoder(x)))
 
+# %% ../nbs/77_oracles.ipynb #db8f8d8a
 _ENCODERS = ("vgg16", "vgg16_bn", "resnet18", "resnet50", "resnet101", "mobilenet_v2")
 
 ORACLES: list[Oracle] = [
@@ -99,6 +129,10 @@ ORACLES: list[Oracle] = [
     Oracle("fcn8s's encoder", "torchvision", partial(Trunk, "vgg16"), partial(pool_ladder, "vgg16", 3, None, 1), answer=_last),
     *(Oracle(n, "torchvision", partial(_torchvision, n, num_classes=21, aux_loss=False), partial(create_model, n, 21), whole=n,
              reply=lambda model, x: model(x)["out"], runs=n == "fcn_resnet50") for n in ("fcn_resnet50", "fcn_resnet101")),
+]
+
+# %% ../nbs/77_oracles.ipynb #153c26c0
+ORACLES += [
     Oracle("dilated_vgg's encoder", "torchvision", _dilated_trunk, lambda: create_model("dilated_vgg", 21, padding="zeros").encoder,
            answer=_last, needs="dilated_vgg"),
     *(Oracle(f"deeplabv3 on {n}, aux", "torchvision", partial(_torchvision, f"deeplabv3_{n}", num_classes=21, aux_loss=True),
@@ -109,6 +143,16 @@ ORACLES: list[Oracle] = [
     *(Oracle(f"pspnet's encoder, {n}", "timm", partial(_timm, f"{n}s", output_stride=8, num_classes=0, global_pool=""),
              lambda n=n: create_model("pspnet", 21, encoder=n).encoder, by_name, answer=_last, needs="pspnet", runs=n == "resnet50")
       for n in ("resnet50", "resnet101")),
+    Oracle("pspnet's pyramid", _SMP, _smp_pyramid, partial(PyramidPooling, 3 * _CELLS**2), _smp_pyramid_state,
+           answer=lambda pyramid, x: pyramid(F.pixel_unshuffle(x, _CELLS)),
+           reply=lambda pyramid, x: pyramid(F.pixel_unshuffle(x, _CELLS)).roll(3 * _CELLS**2, 1)),
     *(Oracle(f"{n}'s streams", "timm", partial(_timm_streams, n), lambda n=n: create_model(n, 19).encoder, by_name, needs=n,
              runs=n == "hrnet_w18") for n in ("hrnet_w18", "hrnet_w48")),
+    Oracle("spinenet's code, as resnet50", "torchvision", partial(Trunk, "resnet50"), _chain, answer=lambda spine, x: spine.maps(x)[-1],
+           needs="spinenet49"),
+    Oracle("icnet's encoder, resnet50", "timm", partial(_timm, "resnet50s", output_stride=8, num_classes=0, global_pool="", stem_width=32,
+                                                        channels=(32, 64, 128, 256)),
+           lambda: create_model("icnet", 19).encoder, by_name, answer=_last, needs="icnet"),
+    Oracle("bisenet's encoder, resnet18", "torchvision", partial(Trunk, "resnet18"), lambda: create_model("bisenet", 19).encoder,
+           answer=_last, needs="bisenet"),
 ]

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from synseg.leaderboard import PUBLISHED, entries, last_of, leaderboard, parameters_of, published, read_records, start_of
-from synseg.papers import CONTEXT
+from synseg.papers import CONTEXT, REALTIME
 from synseg.recipes import RECIPES
 from synseg.zoo import list_models, model_info
 
@@ -71,12 +71,12 @@ def test_parameters_are_those_of_the_run():
 def test_published_figures_name_their_source():
     assert all(0 < iou < (acc or 100) <= 100 and where for iou, acc, where in PUBLISHED.values())
     assert "none" in published("unet_small") and "57.0" in published("fcn8s") and "65.3 / – (the paper's Dilation8" in published("dilated_vgg")
-    assert set(PUBLISHED) <= set(list_models()) | set(CONTEXT), "a context network may not be in the zoo yet"
+    assert set(PUBLISHED) <= set(list_models()) | {*CONTEXT, *REALTIME}, "a context network may not be in the zoo yet"
 
 
 def test_networks_that_are_not_there_yet_have_a_row_all_the_same():
     rows, table = {e.recipe: e for e in entries()}, repr(leaderboard())
-    for name in CONTEXT:
+    for name in [*CONTEXT, *REALTIME]:
         row = rows[f"camvid_{name}"]
         assert row.model == name and (row.parameters is not None) == (name in list_models())
         assert row.command.startswith(f"synseg recipe run camvid_{name} ") and name in table

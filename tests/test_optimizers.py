@@ -58,8 +58,32 @@ def test_sgd_by_hand(nesterov):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.9])
+def test_rmsprop_by_hand(momentum):
+    "ContextNet's: a memory of squares, an epsilon of 1 outside the root, and a memory of steps where it is asked for"
+    model, x, square, speed = net(), torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), {}, {}
+    for _ in range(4):
+        model.zero_grad()
+        model(x).square().mean().backward()
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                square[n] = 0.9 * square.get(n, 0) + 0.1 * p.grad**2
+                speed[n] = (momentum or 0) * speed.get(n, 0) + p.grad / (square[n].sqrt() + 1)
+                p -= 0.045 * speed[n]
+    for a, b in zip(trained(lambda m: create_optimizer("rmsprop", m, 0.045, momentum=momentum, alpha=0.9, eps=1.0)), model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_momentum_unless_told_otherwise():
+    momentum = lambda name, **said: create_optimizer(name, net(), 0.1, **said).param_groups[0]["momentum"]
+    assert (momentum("sgd"), momentum("rmsprop"), momentum("sgd", momentum=0.0), momentum("rmsprop", momentum=0.5)) == (0.9, 0, 0, 0.5)
+    with pytest.raises(ValueError, match="setting of its own"):
+        from synseg.optimizers import check_optimizer
+        check_optimizer("rmsprop", None, dict(momentum=0.9))
+
+
 @pytest.mark.parametrize("make", [lambda: create_optimizer("sgd", net(), 0.1, momentum=-0.1), lambda: create_optimizer("SGD", net(), 0.1),
-                                  lambda: create_optimizer("adam", net(), 0.1, momentum=0.5, params=[]), lambda: create_schedule("poly", at=[1]),
+                                  lambda: create_optimizer("adam", net(), 0.1, momentum=0.5), lambda: create_optimizer("adam", net(), 0.1, params=[]), lambda: create_schedule("poly", at=[1]),
                                   lambda: create_schedule("exponential", end=0), lambda: create_schedule("")])
 def test_refusals_are_sentences(make):
     with pytest.raises(ValueError) as refusal:

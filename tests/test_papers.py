@@ -1,6 +1,7 @@
 "The papers' experiments: complete, chained as printed, fixed in length, and each able to run"
 import json
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from typer.testing import CliRunner
 
 from synseg.cli import app
 from synseg.optimizers import create_optimizer, create_schedule
-from synseg.papers import ABLATIONS, CONTEXT, LADDERS, PAPERS, ROWS, cpu, smoke
-from synseg.authors import (DEEPLABV1, DEEPLABV2, FRAME, HRNET, MSSA, PSPNET, deconvnet_stages, deeplabv3_stages, dilated_stages, fcn_stages,
-                            on_camvid, tiramisu_stages)
+from synseg.papers import ABLATIONS, CONTEXT, LADDERS, PAPERS, REALTIME, ROWS, contextnet_ablations, cpu, smoke
+from synseg.authors import (BISENET, CONTEXTNET, DEEPLABV1, DEEPLABV2, DFANET, ENET, ERFNET, FRAME, FRRN, HRNET, ICNET, MSSA, PSPNET,
+                            deconvnet_stages, deeplabv3_stages, dilated_stages, fcn_stages, on_camvid, tiramisu_stages)
 from synseg.recipes import RECIPES, describe
 from synseg.runs import Run
 from synseg.scenes import Scenes
@@ -87,8 +88,57 @@ def test_schedules_of_those_that_look_further():
     assert [r.freeze_norms for r in (DEEPLABV2, first, then, PSPNET)] == [True, False, True, False]
     assert (DEEPLABV2.aux_weight, PSPNET.aux_weight, PSPNET.options["aux"], PSPNET.augment["rotation"]) == (1, 0.4, True, 10)
     assert (HRNET.epochs, HRNET.batch_size, HRNET.size, HRNET.augment["scale"]) == (484, 12, (512, 1024), (0.5, 2.1))
-    assert (MSSA.lr, MSSA.epochs, MSSA.optimizer_options) == (1e-4, 300, dict(alpha=0.995))
+    assert (MSSA.lr, MSSA.epochs, MSSA.optimizer_options, MSSA.momentum) == (1e-4, 300, dict(alpha=0.995), None)
     assert create_schedule("poly")(0.5) == pytest.approx(0.5**0.9)
+
+
+def test_schedules_of_those_that_are_quick():
+    factor = lambda run, t: create_schedule(run.schedule, **run.schedule_options)(t)
+    assert (CONTEXTNET.optimizer, CONTEXTNET.momentum, CONTEXTNET.optimizer_options) == ("rmsprop", 0.9, dict(alpha=0.9, eps=1.0))
+    assert (CONTEXTNET.lr, CONTEXTNET.epochs, CONTEXTNET.aux_weight, CONTEXTNET.augment["scale"]) == (0.045, 1000, 0.4, (0.5, 2.0))
+    assert factor(CONTEXTNET, 0.5) == pytest.approx(0.5**0.98) and CONTEXTNET.class_weights is None
+    for run, printed in [(ENET, ("adam", None, 5e-4, 2e-4, 10, 300, "log")), (ERFNET, ("adam", None, 5e-4, 1e-4, 6, 150, "log")),
+                         (ICNET, ("sgd", 0.9, 0.01, 1e-4, 16, 161, None)), (BISENET, ("sgd", 0.9, 0.025, 1e-4, 16, 430, None)),
+                         (FRRN, ("adam", None, 1e-3, 0.0, 3, 61, None))]:
+        found = (run.optimizer, run.momentum, run.lr, run.weight_decay, run.batch_size, run.epochs, run.class_weights)
+        assert found == printed, run.model
+    assert ICNET.epochs * 2_975 / 16 == pytest.approx(30_000, rel=0.01)
+    assert [factor(FRRN, step / 60_000) for step in (44_900, 45_100)] == pytest.approx([1, 0.1])
+    assert BISENET.aux_weight == 1 and DFANET.encoder_weights is None and replace(DFANET, model="bisenet", aux_weight=1.0, encoder_weights="imagenet", options=dict(aux=True)) == BISENET
+
+
+def test_on_camvid_what_is_said_counts():
+    half = on_camvid({"run": FRRN}, size=(180, 240), eval_size=(180, 240))["run"]
+    assert (half.size, half.eval_size, half.epochs, half.data) == ((180, 240), (180, 240), 300, "camvid")
+
+
+def test_contextnets_ablation_changes_one_thing_at_a_time():
+    for name, runs in PAPERS["scenes_contextnet"].profiles.items():
+        usual = asdict(runs["cn14"])
+        for n, run in runs.items():
+            own = asdict(run)
+            changed = {k for k in usual if usual[k] != own[k] and k != "options"}
+            changed |= {k for k in {*usual["options"], *own["options"]} if usual["options"].get(k) != own["options"].get(k)}
+            wanted = {"cn14": 0, "asymmetric": 2, "detail": 2}.get(n, 1)  # asymmetric filters are cn12's; the detail branch has no head to train
+            assert len(changed) == wanted, (name, n, changed)
+    assert set(contextnet_ablations(Run())) == {"cn14", "no_pyramid", "no_aux", "balanced", "asymmetric", "cn12", "cn18", "cn124", "context", "detail",
+                                                "cn14_seed1", "cn14_seed2"}
+
+
+def test_contextnets_branches_are_silenced_and_averaged(tmp_path):
+    "The recipe from end to end, on four scenes"
+    recipe = PAPERS["scenes_contextnet"]
+    there(recipe)
+    few = {n: replace(run, images=4, size=(64, 64)) for n, run in recipe.profiles["smoke"].items() if n in ("cn14", "context", "detail")}
+    found = replace(recipe, profiles={"smoke": few}).run("smoke", out=tmp_path, progress=False)
+    assert set(found) == {"cn14", "context", "detail", "only_context", "only_detail", "ensemble"}
+    assert all(0 <= row["mean_iou"] <= 1 and 0 <= row["pixel_accuracy"] <= 1 for row in found.values())
+
+
+def test_six_contextnets_differ_in_nothing_but_the_network():
+    for runs in PAPERS["cityscapes_contextnet"].profiles.values():
+        assert len(runs) == 6 and all(n == r.model for n, r in runs.items())
+        assert len({str(asdict(r) | dict(model="")) for r in runs.values()}) == 1
 
 
 def test_on_camvid_crops_fit_and_epochs_are_shared():
@@ -99,7 +149,7 @@ def test_on_camvid_crops_fit_and_epochs_are_shared():
 
 
 def test_comparisons_are_of_equal_pictures():
-    for name, wanted in [("scenes_encoder_decoder", {*LADDERS, "unet_small"}), ("scenes_context", {*CONTEXT, "unet_small"}), ("scenes_deeplab", set(ABLATIONS))]:
+    for name, wanted in [("scenes_encoder_decoder", {*LADDERS, "unet_small"}), ("scenes_context", {*CONTEXT, "unet_small"}), ("scenes_realtime", {*REALTIME, "unet_small"}), ("scenes_deeplab", set(ABLATIONS))]:
         for runs in PAPERS[name].profiles.values():
             assert set(runs) == wanted
             assert len({(r.images, r.epochs, r.batch_size, r.size, r.seed, r.domain) for r in runs.values()}) == 1
@@ -115,7 +165,7 @@ def test_what_the_ablation_turns_is_there_to_be_turned():
         assert set(options) <= set(model_options(model))
 
 
-@pytest.mark.parametrize("name", CONTEXT)
+@pytest.mark.parametrize("name", [*CONTEXT, *REALTIME])
 def test_the_papers_optimiser_fits_the_network(name):
     "Rates of the encoder, frozen norms, auxiliary heads: what the gpu profile asks of a network, the network has"
     there(PAPERS[f"camvid_{name}"])
@@ -130,7 +180,8 @@ def test_the_papers_optimiser_fits_the_network(name):
 
 
 @pytest.mark.parametrize("name", ["camvid_fcn8s", "camvid_segnet_basic", "camvid_gridnet", "camvid_fc_densenet56_holdout",
-                                  "camvid_deeplabv1", "camvid_deeplabv3plus_holdout", "camvid_hrnet_w18", "camvid_pspnet", "camvid_spinenet49", "camvid_mssa"])
+                                  "camvid_deeplabv1", "camvid_deeplabv3plus_holdout", "camvid_hrnet_w18", "camvid_pspnet", "camvid_spinenet49", "camvid_mssa",
+                                  "camvid_contextnet_cn14", "camvid_enet", "camvid_erfnet", "camvid_icnet", "camvid_bisenet", "camvid_dfanet", "camvid_frrn_a"])
 def test_smoke_runs_and_resumes(name, tmp_path):
     there(PAPERS[name])
     found = PAPERS[name].run("smoke", out=tmp_path, progress=False)
@@ -162,7 +213,6 @@ def test_whoever_has_the_test_split_can_score_it(tmp_path):
 
 def test_a_cpu_recipe_reads_camvid(tmp_path):
     "The real path, one picture per split: two stages are too long for a test, one epoch is not"
-    from dataclasses import replace
     camvid(tmp_path / "camvid", "train", 4)
     camvid(tmp_path / "camvid", "val", 2)
     small = replace(PAPERS["camvid_segnet_basic"], profiles={"cpu": {"run": Run(data="camvid", size=(64, 96), epochs=1, batch_size=2)}})

@@ -5,7 +5,7 @@ from torch import nn
 
 from synseg.check import count_parameters
 from synseg.oracles import ORACLES
-from synseg.papers import CONTEXT
+from synseg.papers import CONTEXT, REALTIME
 from synseg.parity import Oracle, Sheet, absent, by_name, carry, compare, counted, facts, printed_count, reference_count, stirred, work_by_scale
 from synseg.zoo import list_models, model_info
 
@@ -21,7 +21,7 @@ def pages():
 def test_every_network_has_a_page(pages):
     for name, page in pages.items():
         assert page.parameters == model_info(name).parameters, name
-        assert page.multiply_adds == pytest.approx(sum(s.multiply_adds for s in page.stages), rel=1e-3) and page.multiply_adds > 1e8, name
+        assert page.multiply_adds == pytest.approx(sum(s.multiply_adds for s in page.stages), rel=1e-3) and page.multiply_adds > 5e7, name
         assert page.deviations and all(page.deviations), name
         assert sum(s.parameters for s in page.stages) <= page.parameters and sum(work_by_scale(page).values()) == pytest.approx(1)
 
@@ -33,12 +33,12 @@ def test_printed_counts_are_within_a_tenth(pages):
 
 
 @pytest.mark.parametrize("oracle", [o for o in ORACLES if o.name in ("encoder resnet18", "unet on resnet18", "fcn_resnet50", "segnet's encoder")
-                                    or o.needs and o.runs], ids=lambda o: o.name)
+                                    or o.needs and o.runs or o.name == "pspnet's pyramid"], ids=lambda o: o.name)
 def test_carried_weights_give_the_same_answer(oracle):
     if why := absent(oracle):
         pytest.skip(why)
     found = compare(oracle, seed=3)
-    assert found.difference <= 1e-4 and found.tensors > 25 and found.skipped is None
+    assert found.difference <= 1e-4 and found.tensors > 20 and found.skipped is None
 
 
 @pytest.mark.parametrize("oracle", [o for o in ORACLES if not o.runs], ids=lambda o: o.name)
@@ -51,8 +51,21 @@ def test_large_networks_are_compared_by_their_tensors(oracle):
 
 
 def test_every_oracle_finds_its_network_once_all_are_there():
-    if set(CONTEXT) <= set(list_models()):
+    if {*CONTEXT, *REALTIME} <= set(list_models()):
         assert not [o.name for o in ORACLES if o.needs and o.needs not in list_models()]
+
+
+def test_those_that_no_library_has_are_restated_in_their_tests():
+    "The page says so; and a line for a network that is not there says why"
+    from pathlib import Path
+    for module in ("contextnet", "enet", "mssa", "spinenet", "frrn", "bisenet", "icnet"):
+        file = Path(__file__).parent / f"test_{module}.py"
+        if not file.is_file():
+            continue  # its chapter is not merged yet
+        assert "restated" in file.read_text(encoding="utf-8"), module
+    for oracle in ORACLES:
+        if oracle.needs in ("icnet", "bisenet") and oracle.needs not in list_models():
+            assert absent(oracle) == f"not run: {oracle.needs} is not in the zoo"
 
 
 def test_several_maps_are_compared_and_the_worst_counts():

@@ -1,5 +1,6 @@
 "Runs and recipes: the same record gives the same weights, nothing is overwritten, what is scored is never trained on"
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from synseg.labels import label_space
 from synseg.recipes import RECIPES, describe, recipe
-from synseg.runs import VALID_SEED, Chosen, Run, read_run, scenes, score_set, settled, train, training_set
+from synseg.runs import VALID_SEED, Chosen, Run, build, read_run, scenes, score_set, settled, train, training_set
 from synseg.scenes import Scenes
 
 TINY = Run(images=12, size=(64, 64), epochs=2, batch_size=4)
@@ -161,7 +162,40 @@ def test_old_records_are_read(tmp_path):
     assert (run.optimizer, run.schedule, run.class_weights, run.start, run.clip) == ("adamw", "cosine", "sqrt", None, None)
 
 
+@pytest.mark.parametrize("optimizer,momentum", [("adamw", None), ("adam", None), ("rmsprop", None), ("sgd", 0.9)])
+def test_momentum_in_old_records_means_what_it_did(tmp_path, optimizer, momentum):
+    "All of them said 0.9, and only SGD listened"
+    old = dict(model="unet_small", size=[64, 64], optimizer=optimizer, momentum=0.9)
+    (tmp_path / "run.json").write_text(json.dumps(dict(run=old, root=None)))
+    assert read_run(tmp_path)[0].momentum == momentum
+
+
+def test_an_old_rmsprop_run_resumes_without_momentum_and_a_new_one_with_it(tmp_path):
+    run = Run(images=8, size=(64, 64), epochs=1, batch_size=4, optimizer="rmsprop", options=dict(width=4))
+    for name, old in [("old", True), ("new", False)]:
+        train(run if old else replace(run, momentum=0.9), tmp_path / name, progress=False)
+        content = json.loads((tmp_path / name / "run.json").read_text())
+        content["run"]["epochs"] = 2
+        if old:
+            del content["format"]
+            content["run"]["momentum"] = 0.9
+        (tmp_path / name / "run.json").write_text(json.dumps(content))
+        learner = train(run, tmp_path / name, resume=True, progress=False)
+        assert {g["momentum"] for g in learner.engine.optimizer.param_groups} == ({0} if old else {0.9})
+        assert read_run(tmp_path / name)[0].momentum == (None if old else 0.9)
+
+
+def test_log_weights_are_enets():
+    from synseg.datasets import class_frequencies
+    from synseg.enet import log_weights
+    run = settled(Run(images=4, size=(64, 64), epochs=1, class_weights="log", options=dict(width=4)), None)
+    data = scenes(run, 4, 0)
+    learner = build(run, data, None, progress=False)
+    torch.testing.assert_close(learner.engine.loss.weight.cpu(), log_weights(class_frequencies(data).pixels))
+
+
 @pytest.mark.parametrize("bad", [dict(optimizer="lion"), dict(schedule="linear"), dict(class_weights="cube"), dict(momentum=1), dict(clip=0),
+                                 dict(momentum=0.9), dict(optimizer="rmsprop", optimizer_options=dict(momentum=0.9)),
                                  dict(optimizer="sgd", optimizer_options=dict(betas=(0.9, 0.99))), dict(eval_size=(20, 20)),
                                  dict(schedule="poly", schedule_options=dict(power=-1)), dict(schedule_options=dict(at=[0.5]))])
 def test_impossible_optimisers_are_refused(bad):
@@ -171,6 +205,7 @@ def test_impossible_optimisers_are_refused(bad):
 
 PAPERS = [dict(optimizer="sgd", lr=0.05, optimizer_options=dict(nesterov=True), schedule="poly", class_weights="median"),
           dict(optimizer="rmsprop", optimizer_options=dict(alpha=0.9, eps=1e-3), schedule="exponential", schedule_options=dict(end=0.3)),
+          dict(optimizer="rmsprop", momentum=0.9, optimizer_options=dict(alpha=0.9, eps=1.0), lr=0.045, schedule="poly", class_weights="log"),
           dict(optimizer="adam", schedule="constant", clip=1.0, class_weights=None)]
 
 
@@ -267,7 +302,7 @@ def test_a_slow_encoder_and_frozen_norms_resume_to_the_bit(tmp_path):
 
 
 def test_a_share_below_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="share of lr"):
+    with pytest.raises(ValueError, match="a share"):
         Run(encoder_lr=-0.1)
     with pytest.raises(ValueError, match="no encoder"):
         train(Run(images=4, size=(64, 64), epochs=1, encoder_lr=0.1), tmp_path / "nowhere", progress=False)
