@@ -11,7 +11,8 @@ config = configparser.ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {name: cfg[f"{name}_requirements"].split() for name in ("crf", "fast", "export", "course", "test", "dev")}
-extras["dev"] += extras["test"] + extras["course"] + extras["export"]
+extras["course"] += extras["export"]  # chapter 67
+extras["dev"] += extras["test"] + extras["course"]
 
 
 class BuildWithCourse(build_py):

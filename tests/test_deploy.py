@@ -2,7 +2,6 @@
 import importlib.util
 
 import numpy as np
-import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,9 @@ from synseg.unet import overlap_tile
 from synseg.zoo import create_model
 
 SIZES = [(96, 128), (64, 64), (101, 157), (131, 73)]
+onnx = pytest.importorskip("onnx")
+for needed in ("onnxscript", "onnxruntime"): pytest.importorskip(needed)
+
 NARROW = {"unet_small": dict(width=4), "contextnet_cn14": dict(width=0.25), "segnet_basic": dict(width=4), "mssa": dict(width=2),
           "deeplabv3plus": dict(width=4), "pspnet": dict(width=4),
           "hrnet_w18": dict(width=4, modules=[1, 1, 1], blocks=1, first=[1, 4], stem=8)}
