@@ -114,8 +114,7 @@ def _quiet():
         try: yield
         finally: logging.disable(logging.NOTSET)
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _reason(error: Exception) -> str: return " ".join(str(error).split())[:300] or type(error).__name__
 
 def traced(model: nn.Module,  # on the CPU, in eval mode
            size: tuple[int, int],  # height and width of the image that is sent through
@@ -133,6 +132,7 @@ def traced(model: nn.Module,  # on the CPU, in eval mode
                 if dynamic else "its forward decides something by the values of its input, which a graph cannot")
         raise ValueError(f"{type(model).__name__} cannot be traced; {cure} ({_reason(error)})") from error
 
+# %% ../nbs/67_deploy.ipynb #6a557d85
 def _onnx_bytes(program: torch.export.ExportedProgram, card: str, dynamic: bool) -> bytes:
     _need("onnx", "onnxscript")
     try:
@@ -140,9 +140,8 @@ def _onnx_bytes(program: torch.export.ExportedProgram, card: str, dynamic: bool)
             made = torch.onnx.export(program, dynamo=True, input_names=["image"], output_names=["logits"], verbose=False).model_proto
     except Exception as error:
         raise ValueError(f"this network has an operation that cannot be written as ONNX ({_reason(error)}); format='torch' may do, or for an older torch an onnxscript of its time") from error
-    for value in (*made.graph.input, *made.graph.output):
-        for axis, side in zip((0, 2, 3), ("batch", "height", "width")):
-            if dynamic: value.type.tensor_type.shape.dim[axis].dim_param = side
+    for value in (*made.graph.input, *made.graph.output) if dynamic else ():
+        for axis, side in zip((0, 2, 3), ("batch", "height", "width")): value.type.tensor_type.shape.dim[axis].dim_param = side
     return _with_card(made, card)
 
 def _with_card(made, card: str) -> bytes:
@@ -154,8 +153,8 @@ def _card(model: nn.Module, size: tuple[int, int], dynamic: bool) -> ModelCard:
     "The model's own card, and under extra['export'] what a reader of the file must know"
     own = getattr(model, "card", None) or ModelCard(type(model).__name__, getattr(model, "num_classes", 0), getattr(model, "in_channels", 3))
     facts = dict(size=None if dynamic else list(size), normalisation="inside", precision="float32", torch=torch.__version__)
-    for key, value in dict(stride=1, min_size=64, margin=0).items(): facts[key] = getattr(model, key, value)
-    for key in ("mean", "std"): facts[key] = getattr(model, key, torch.zeros(0)).flatten().tolist()
+    facts |= {key: getattr(model, key, value) for key, value in dict(stride=1, min_size=64, margin=0).items()}
+    facts |= {key: getattr(model, key, torch.zeros(0)).flatten().tolist() for key in ("mean", "std")}
     return replace(own, extra={**own.extra, "export": facts})
 
 # %% ../nbs/67_deploy.ipynb #91f0d38a
@@ -231,6 +230,7 @@ def load_exported(path: str | Path, format: str | None = None) -> Exported:
     if not text: raise ValueError(f"{path} carries no card: it was not written by export")
     return Exported(run, ModelCard.from_json(text)).eval()
 
+# %% ../nbs/67_deploy.ipynb #f53022af
 def _onnx_runner(path: Path):
     import onnxruntime
     options = onnxruntime.SessionOptions()
