@@ -212,3 +212,29 @@ def test_only_the_valid_unet_is_marked_as_valid(name):
     "`valid` and `margin` tell the engine to crop labels and `predict` to tile: no other network may use these names for itself"
     with torch.device("meta"): model = create_model(name, 3, **SMALL.get(name, {}))
     assert bool(getattr(model, "valid", False)) == bool(getattr(model, "margin", 0)) == (name == "unet_valid")
+
+
+WHOLE = {"dilated_vgg": dict(padding="zeros")}  # the mirrored margin would make 436x436 of the picture
+STEPPED = ("unet", "unet_small", "unet_valid", "ternausnet", "segnet", "segnet_basic", "deconvnet", "gridnet",
+           *(f"fc_densenet{n}" for n in (56, 67, 103)))  # in the tests and chapters of their own
+
+
+@pytest.mark.parametrize("name", [n for n in list_models() if n not in STEPPED and not n.startswith("fcn")])
+def test_the_papers_size_takes_a_step(name):
+    "At the paper's width, encoder and classes: every gradient is finite, and the step lowers the loss of the batch"
+    torch.manual_seed(0)
+    info = model_info(name)
+    model = create_model(name, info.classes, **WHOLE.get(name, {})).train()
+    for m in model.modules():
+        if isinstance(m, (torch.nn.Dropout, torch.nn.Dropout2d)): m.p = 0.0
+    x, y = torch.rand(2, 3, 64, 64), torch.randint(info.classes, (2, 64, 64))
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(g.isfinite().all() for g in gradients) and len(gradients) > 0.9 * len(list(model.parameters()))
+    length = torch.stack([g.norm() for g in gradients]).norm()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None: p -= 0.02 * p.grad / length  # a short way down the slope
+        again = torch.nn.functional.cross_entropy(model(x), y)
+    assert again < loss
