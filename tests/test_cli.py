@@ -1,5 +1,6 @@
 "The command line as a user meets it: answers on stdout, sentences on stderr, exit codes 0, 2 and 130"
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -385,7 +386,7 @@ def test_folders_and_films_are_streamed(run, photo, tmp_path):
     (tmp_path / "photos").mkdir()
     for i in (2, 10): Image.open(photo).save(tmp_path / "photos" / f"p{i}.png")
     code, out, err = synseg("predict", run, tmp_path / "film.gif", tmp_path / "photos", "--out", tmp_path / "out", "--batch", 2, "--alpha", 0.5)
-    assert code == 0 and "frames/s over 1 frames, after 2 to warm up" in out and "too few for a rate" in out and "frame" in err
+    assert code == 0 and "frames/s over 1 frames, after 2 to warm up" in out and "too few for a rate" in out and ("frame" in err or "TQDM_DISABLE" in os.environ)
     assert {p.name[:-10] for p in (tmp_path / "out").glob("*_index.png")} == {"film_000000", "film_000001", "film_000002", "p2", "p10"}
     assert np.asarray(Image.open(tmp_path / "out" / "p10_index.png")).shape == (83, 131)
     assert "one by one" in refused("predict", run, tmp_path / "photos", "--tta", "--out", tmp_path)
