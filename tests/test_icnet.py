@@ -254,7 +254,7 @@ def test_refuses_options(options, says):
 
 
 def test_refuses_imagenet():
-    with pytest.raises(ValueError, match="no ImageNet encoder"): create_model("icnet", 3, width=4, encoder_weights="imagenet")
+    with pytest.raises(ValueError, match="torchvision has no ImageNet weights"): create_model("icnet", 3, width=4, encoder_weights="imagenet")
 
 
 def test_round_trip_of_options(tmp_path):
