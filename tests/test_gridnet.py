@@ -8,22 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import scramble
 from synseg.check import check_segmenter, count_parameters
 from synseg.gridnet import (ENTRIES, PATHS, Block, GridNet, GridUnit, TotalDropout, all_paths, draw_grid, fcn_paths, frrn_paths,
                             grid_blocks, path_lengths, unet_paths)
 
 GRIDS = [(5, (3, 3)), (1, (1, 1)), (3, (1, 2)), (2, (3, 1)), (4, (2, 2))]
-
-
-def scramble(net):
-    "Random weights, scales and running statistics, in double precision"
-    for p in net.parameters(): nn.init.normal_(p, std=0.2)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            m.running_mean.normal_(0, 0.3)
-            m.running_var.uniform_(0.5, 2)
-    return net.double().eval()
 
 
 def restated(x, t, rows, down, up, on):

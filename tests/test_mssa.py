@@ -4,21 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import scramble
 from synseg.check import check_segmenter, count_parameters
 from synseg.conv import multiply_adds
 from synseg.mssa import (DECLARED, DETAILS, ENTRIES, GATES, MSSA, RATES, SHAPES, Attention, ChannelGate, DilatedBlock, Fuse, SpatialGate, attend,
                          dilated_stage)
-
-
-def scramble(net):
-    "Random weights, scales and running statistics, in double precision"
-    for p in net.parameters(): nn.init.normal_(p, std=0.2)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            m.running_mean.normal_(0, 0.3)
-            m.running_var.uniform_(0.5, 2)
-    return net.double().eval().requires_grad_(False)
 
 
 def restated(x, t, rates, kind):
@@ -100,7 +90,7 @@ def test_entry():
 @pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("width, rates", [(3, RATES), (2, ((1,), (2, 3), (), (2,)))])
 def test_same_as_the_restatement(kind, width, rates):
-    net = scramble(MSSA(5, 2, width=width, attention=kind, rates=rates))
+    net = scramble(MSSA(5, 2, width=width, attention=kind, rates=rates)).requires_grad_(False)
     x = torch.rand(2, 2, 80, 64, dtype=torch.float64)
     z = (x - 0.5) / 0.25
     torch.testing.assert_close(net.compute(z), restated(z, net.state_dict(), rates, kind))
@@ -122,7 +112,7 @@ def test_constant_gates(gate, factor):
 
 def test_zero_gates_are_no_attention():
     "A whole network whose gates are zero is the network without attention"
-    net, bare = (scramble(MSSA(3, width=2, attention=k)) for k in ("channel", "none"))
+    net, bare = (scramble(MSSA(3, width=2, attention=k)).requires_grad_(False) for k in ("channel", "none"))
     for a in (*net.attentions, net.attention2): a.gate = Constant(0.0)
     bare.load_state_dict({k: v for k, v in net.state_dict().items() if ".gate." not in k})
     x = torch.rand(2, 3, 67, 70, dtype=torch.float64)
@@ -131,14 +121,14 @@ def test_zero_gates_are_no_attention():
 
 @pytest.mark.parametrize("size", [(5, 7), (1, 1), (8, 3)])
 def test_channel_gate_does_not_see_where(size):
-    module, x = scramble(Attention(ChannelGate(6))), torch.randn(2, 6, *size, dtype=torch.float64)
+    module, x = scramble(Attention(ChannelGate(6))).requires_grad_(False), torch.randn(2, 6, *size, dtype=torch.float64)
     torch.testing.assert_close(module.gate(permuted(x)), module.gate(x))
     torch.testing.assert_close(module(permuted(x)), permuted(module(x)))
     assert module.gate(x).shape == (2, 6, 1, 1) and 0 < module.gate(x).min() and module.gate(x).max() < 1
 
 
 def test_spatial_gate_sees_where_and_not_which():
-    module, x = scramble(Attention(SpatialGate(6))), torch.randn(2, 6, 9, 8, dtype=torch.float64)
+    module, x = scramble(Attention(SpatialGate(6))).requires_grad_(False), torch.randn(2, 6, 9, 8, dtype=torch.float64)
     assert module.gate(x).shape == (2, 1, 9, 8)
     assert not torch.allclose(module.gate(permuted(x)), permuted(module.gate(x)))
     torch.testing.assert_close(module.gate(x[:, [3, 1, 5, 0, 2, 4]]), module.gate(x))
@@ -162,7 +152,7 @@ def test_channel_gate_in_training():
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 9), (5, 4)])
 def test_fuse_is_a_convolution_of_the_concatenation(size):
-    fuse = scramble(Fuse(4, 6))
+    fuse = scramble(Fuse(4, 6)).requires_grad_(False)
     skip, below = torch.randn(2, 4, *size, dtype=torch.float64), torch.randn(2, 6, *((n + 1) // 2 for n in size), dtype=torch.float64)
     up = F.interpolate(below, size, mode="bilinear", align_corners=False)
     mixed = F.conv2d(torch.cat([skip, up], 1), torch.cat([fuse.skip.weight, fuse.below.weight], 1))
