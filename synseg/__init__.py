@@ -19,6 +19,8 @@ _PUBLIC = {
     "zoo": ("list_models", "model_info", "create_model", "save_model", "load_model"),
     "compress": ("fold_batchnorm", "prune_filters"),
     "train": ("Learner",),
+    "discriminators": ("list_discriminators", "discriminator_info", "create_discriminator"),
+    "realism": ("frechet_distance",),
     "inference": ("predict",),
     "deploy": ("export",),
     "kmeans": ("KMeansSegmenter",),

@@ -186,29 +186,52 @@ class Engine(_Fed):
     `optimizer`: a torch optimiser, or a function from the model to one. `precision`: 'auto' is bfloat16 where the
     hardware has it. `accumulate` batches make one update; gradients are clipped to the norm `clip`; `ema` is the decay
     of the averaged model, 0 for none; the losses of
-    auxiliary heads count `aux_weight` each.
+    auxiliary heads count `aux_weight` each. Another kind of training is another `step`: see the chapter *adversarial*.
     """
-    def loss_of(self, images: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
-        "Scalar loss of one batch, auxiliary heads included; further items of a batch go to the loss"
+    segments = True  # what the model gives are class scores: worth a picture after each epoch
+    settings: dict = {}  # what a run must have in common with the one it resumes, besides what the Learner compares
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        "float32 logits of a batch (N, C, H, W) and those of the auxiliary heads"
         images = images.contiguous(memory_format=self.layout)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16): logits, aux = self.net(images)
+        return logits.float(), [a.float() for a in aux]
+
+    def supervised(self, logits: Tensor, aux: list[Tensor], labels: Tensor, *extra: Tensor) -> Tensor:
+        "Scalar loss of what `outputs` gave, auxiliary heads included"
         if m := getattr(self.model, "margin", 0): labels = labels[..., m:-m, m:-m]  # U-Net with valid convolutions
         if logits.shape[-2:] != labels.shape[-2:]:
             raise ValueError(f"the model gives {_size(logits)} for labels of {_size(labels)}; expected one size for both")
-        return sum((self.aux_weight*self.loss(a.float(), labels, *extra) for a in aux), self.loss(logits.float(), labels, *extra))
+        return sum((self.aux_weight*self.loss(a, labels, *extra) for a in aux), self.loss(logits, labels, *extra))
+
+    def loss_of(self, images: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
+        "Scalar loss of one batch; further items of a batch go to the loss"
+        return self.supervised(*self.outputs(images), labels, *extra)
 
     def step(self, factor: float, images: Tensor, labels: Tensor, *extra: Tensor, check: Callable | None = None) -> Tensor:
         "Learn from one batch at `factor` times the learning rate; `check(loss)` may raise before anything has changed"
         with self.accelerator.accumulate(self.net):
             loss = self.loss_of(images, labels, *extra)
             if check: check(loss.detach())
-            self.accelerator.backward(loss)
-            if self.updated and self.clip: self.accelerator.clip_grad_norm_(self.net.parameters(), self.clip)
-            for group in self.optimizer.param_groups: group["lr"] = group["initial_lr"]*factor
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.descend(loss, self.optimizer, factor, self.net)
         if self.updated and self.ema: self.ema.update_parameters(self.model)
         return loss.detach()
+
+    def descend(self, loss: Tensor, optimizer, factor: float, net: nn.Module) -> None:
+        "One update of `net` down the gradient of `loss`, at `factor` times the optimiser's learning rate"
+        self.accelerator.backward(loss)
+        if self.updated and self.clip: self.accelerator.clip_grad_norm_(net.parameters(), self.clip)
+        for group in optimizer.param_groups: group["lr"] = group["initial_lr"]*factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def check_first(self, dataset: Dataset, indices: list[int], num_classes: int | None, images: Tensor, labels: Tensor, *extra: Tensor) -> None:
+        "ValueError in plain words where a run's first batch is nothing to learn from"
+        check_batch(images, labels, dataset, indices, num_classes)
+
+    def report(self) -> dict:
+        "Further figures for the row of an epoch that ends; they begin anew after it"
+        return {}
 
     def state(self) -> dict:
         "Weights, averaged weights and the optimiser's memory"

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from .core import default_device, seed_everything, write_json
 from .datasets import Seeded, class_frequencies, load_dataset
+from .discriminators import adversary
 from .enet import log_weights
 from .engine import AUX_WEIGHT
 from .losses import DiceLoss, FocalLoss, LovaszSoftmaxLoss, median_frequency_weights
@@ -64,6 +65,7 @@ class Run:
     encoder_lr: float = 1.0  # rate of the encoder as a share of `lr`; 0 holds it still
     freeze_norms: bool = False  # batch norms keep the statistics, scales and shifts that they came with
     aux_weight: float = AUX_WEIGHT  # of the loss of each auxiliary head, where the network has one
+    adversary: Mapping = field(default_factory=dict)  # a critic's name and options, and what Adversarial takes: see `adversary`
     clip: float | None = None  # longest gradient
     seed: int = 0
     loss: str = "cross_entropy"
@@ -233,6 +235,7 @@ def build(run: Run, train: Dataset, valid: Dataset | None, out: str | Path | Non
     augment = train_transforms(run.size, **run.augment)
     data = Seeded(train, OneChannel(augment) if run.in_channels == 1 else augment, run.seed)
     loss = LOSSES[run.loss]
+    if run.adversary: learner["engine"] = adversary(run.adversary, space.num_classes, run.in_channels)
     weights = _weights(run.class_weights, train)
     optimizer = lambda m: create_optimizer(run.optimizer, m, run.lr, run.weight_decay, run.momentum, run.encoder_lr, **run.optimizer_options)
     return Learner(model, data, valid, loss() if loss else None, optimizer, create_schedule(run.schedule, **run.schedule_options),

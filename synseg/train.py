@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from .callbacks import Callback, MetricsLog, usual_callbacks
 from .core import seed_everything
-from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, check_batch, num_classes_of, order_of, weighted_loss
+from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, num_classes_of, order_of, weighted_loss
 from .runstate import (Diverged, Progress, all_finite, check_loss, check_same_run, interrupted, load_state, rng_state,
                              save_state, save_weights, set_rng_state, stop_requests)
 from .schedules import Schedule, cosine
@@ -33,21 +33,22 @@ class _Parts:
                  clip: float | None = None, ema: float = 0.0, aux_weight: float = AUX_WEIGHT, sampler=None, workers: int | None = None,
                  callbacks: Iterable[Callback] = (), save_every: int | None = None, tensorboard: bool = False,
                  class_weights: str | Tensor | None = "sqrt", eval_size: tuple[int, int] | None = None,
-                 progress: bool = True, validations: int = 10):
+                 progress: bool = True, validations: int = 10, engine: Callable[..., Engine] = Engine):
         if train is not None and len(train) == 0: raise ValueError("the training set is empty: check its folder and split")
         self.train, self.valid, self.schedule = train, valid, schedule or cosine(warmup=0.05)
         self.batch_size, self.precision, self.seed, self.save_every = batch_size, precision, seed, save_every
         self.out, self.eval_size, self.validations = Path(out) if out else None, eval_size, validations
         self.num_classes = num_classes_of(train, model) if train is not None else None
         if train is not None: loss = loss or weighted_loss(train, self.num_classes, class_weights)
-        self.engine = Engine(model, loss, optimizer or (lambda m: adamw(m, lr, weight_decay)), precision, accumulate, clip, ema, aux_weight)
+        self.engine = engine(model, loss, optimizer or (lambda m: adamw(m, lr, weight_decay)), precision, accumulate, clip, ema, aux_weight)
         self.config = dict(batch_size=batch_size, seed=seed, accumulate=accumulate, ema=ema, bf16=self.engine.bf16,
-                           processes=self.engine.world)
+                           processes=self.engine.world, **self.engine.settings)
         self.progress, self.stop, self.last_loss = Progress(), None, torch.tensor(math.nan)
         self.log = MetricsLog(self.out/"metrics.jsonl" if self.out and self.engine.main else None)
         self._rng, self._goal = None, (1, None)
         if train is not None: self._lay_out(sampler, workers)
-        usual = usual_callbacks(self.out, train if valid is None else valid, progress, tensorboard)
+        shown = (train if valid is None else valid) if self.engine.segments else None
+        usual = usual_callbacks(self.out, shown, progress, tensorboard)
         self.callbacks = [*(usual if self.engine.main else []), *callbacks]
 
 # %% ../nbs/12_train.ipynb #f74a2bb5
@@ -168,7 +169,7 @@ class _Stepping(_Scoring):
     def _learn(self, images: Tensor, labels: Tensor, *extra: Tensor) -> None:
         p, state = self.progress, self.out and self.out/"state.pt"
         if p.images == 0 and self.engine.world == 1:
-            check_batch(images, labels, self.train, self.sampler.order(), self.num_classes)
+            self.engine.check_first(self.train, self.sampler.order(), self.num_classes, images, labels, *extra)
         factor, every = self.schedule(self.fraction()), 1 if self.device.type == "cpu" else 20  # reading it makes a GPU wait
         check = (lambda loss: check_loss(loss, p, factor*self.engine.lr, state)) if p.step % every == 0 else None
         self.last_loss = self.engine.step(factor, images, labels, *extra, check=check)
@@ -198,7 +199,7 @@ class _Epochs(_Stepping):
         row = dict(epoch=p.epoch + 1, step=p.step, images=p.images, loss=p.mean_loss(),
                    lr=self.engine.optimizer.param_groups[0]["lr"], images_per_second=round(p.images_per_second(), 1))
         p.end_epoch()
-        row |= self._validation()
+        row |= self.engine.report() | self._validation()
         self.log.append(dict(row, seconds=round(p.elapsed(), 1)))
         self._each("on_epoch", self.history[-1])
         if self.out: self.save()
@@ -219,7 +220,7 @@ class Learner(_Epochs):
     batches per update, gradients clipped to norm `clip`, `ema` the decay of averaged weights. `sampler`: None,
     'balanced' or your own. `workers` processes load data (None: none on a CPU). `save_every` steps the state is saved,
     besides every epoch. `eval_size` (height, width): at which size the model sees images when it is scored.
-    `validations`: how often, at the ends of epochs, at most."""
+    `validations`: how often, at the ends of epochs, at most. `engine` takes the steps: an Engine class, or a `partial` of one."""
     def fit(self, epochs: int | None = None, minutes: float | None = None) -> "Learner":
         """Train until `epochs` are done in all, or `minutes` of wall time are over, whichever is first.
 

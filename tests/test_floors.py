@@ -16,17 +16,18 @@ FLOOR = dict(
     fcn=7, segnet=7, tiramisu=7, gridnet=7, pretrained=7,
     dilated_vgg=7.5, deeplab=7, pspnet=6.5, hrnet=7, spinenet=7, mssa=7,
     contextnet=7, enet=7, icnet=7, bisenet=7, frrn=7,
+    adversarial=6, luc=7, seggan=7.5, realism=6, simgan=5, unpaired=7, refiner=7, cyclegan=7, discriminators=8,
     zoo=8,
     train=9, inference=9, crf_fit=9, compress=9,
     stream=10, deploy=10, realtime=9.5,
     optimizers=6,
     runs=10, doctor=10, notebooks=10, console=10, benchmark=10,
-    authors=11, plans=11, browse=11, parity=11, oracles=12, papers=12, recipes=13, experiments=14, leaderboard=14,
+    authors=11, plans=11, browse=11, parity=11, oracles=12, papers=12, downstream=12, recipes=13, experiments=14, leaderboard=14,
     cli=15,
 )
 NETWORKS = {"segmenter", "conv", "upsample", "dilate", "blocks", "backbone", "unet", "fcn", "segnet", "tiramisu", "gridnet",
             "pretrained", "dilated_vgg", "deeplab", "pspnet", "hrnet", "spinenet", "mssa",
-            "contextnet", "enet", "icnet", "bisenet", "frrn", "zoo"}
+            "contextnet", "enet", "icnet", "bisenet", "frrn", "luc", "seggan", "simgan", "refiner", "cyclegan", "zoo"}
 CLASSICAL = {"kmeans", "cuts", "lattice", "grid_crf", "filters", "compiled", "window", "dense_crf", "conv_crf"}
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
 
