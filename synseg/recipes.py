@@ -20,6 +20,8 @@ from .core import default_device
 from .crf_fit import voc_samples_crf
 from .datasets import load_dataset
 from .dense_crf import DenseCRF
+from .downstream import STUDIES
+from .duels import DUELS
 from .labels import label_space
 from .metrics import ConfusionMatrix
 from .papers import PAPERS
@@ -27,7 +29,6 @@ from .plans import Recipe, best, cost, each, one, profiles
 from .runs import LOSSES, VALID_SEED, Run, scenes
 from .scenes import Scenes
 from .train import Learner
-
 
 # %% ../nbs/90_recipes.ipynb #1ea3589c
 def _across_domains(learners, profile, root) -> dict:
@@ -39,11 +40,13 @@ def _domain_set(learner: Learner, domain: str, n: int = 200) -> Dataset:
     return scenes(Run(domain=domain, size=learner.eval_size), n, VALID_SEED)
 
 
+
 # %% ../nbs/90_recipes.ipynb #c93ebded
 def _on_both(learners, profile, root) -> dict:
     "The only run, with the weights that ship, on both domains"
     learner = learners["run"]
     return {d: best(learner, _domain_set(learner, d)) for d in ("camera", "synthetic")} | cost(learner)
+
 
 
 # %% ../nbs/90_recipes.ipynb #0672d699
@@ -132,7 +135,7 @@ _ALL = [
             dict(smoke=replace(_SMOKE, epochs=1), cpu=Run(epochs=8), gpu=Run(images=20_000, size=(240, 320), epochs=20)).items()},
            each),
 ]
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL} | PAPERS
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL} | PAPERS | DUELS | STUDIES
 
 # %% ../nbs/90_recipes.ipynb #cc7e8005
 def recipe(name: str) -> Recipe:
