@@ -180,17 +180,8 @@ class _Fed(_Shared):
         return report(matrix.merge(*others), label_space_of(dataset), len(dataset), time.perf_counter() - start)
 
 # %% ../nbs/89_engine.ipynb #2a8e99c7
-class Engine(_Fed):
-    """A model, its loss and its optimiser on whatever Accelerate finds: CPU, GPU, several of them, several hosts.
-
-    `optimizer`: a torch optimiser, or a function from the model to one. `precision`: 'auto' is bfloat16 where the
-    hardware has it. `accumulate` batches make one update; gradients are clipped to the norm `clip`; `ema` is the decay
-    of the averaged model, 0 for none; the losses of
-    auxiliary heads count `aux_weight` each. Another kind of training is another `step`: see the chapter *adversarial*.
-    """
-    segments = True  # what the model gives are class scores: worth a picture after each epoch
-    settings: dict = {}  # what a run must have in common with the one it resumes, besides what the Learner compares
-
+class _Losing(_Fed):
+    "From a batch to a loss"
     def outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         "float32 logits of a batch (N, C, H, W) and those of the auxiliary heads"
         images = images.contiguous(memory_format=self.layout)
@@ -208,23 +199,9 @@ class Engine(_Fed):
         "Scalar loss of one batch; further items of a batch go to the loss"
         return self.supervised(*self.outputs(images), labels, *extra)
 
-    def step(self, factor: float, images: Tensor, labels: Tensor, *extra: Tensor, check: Callable | None = None) -> Tensor:
-        "Learn from one batch at `factor` times the learning rate; `check(loss)` may raise before anything has changed"
-        with self.accelerator.accumulate(self.net):
-            loss = self.loss_of(images, labels, *extra)
-            if check: check(loss.detach())
-            self.descend(loss, self.optimizer, factor, self.net)
-        if self.updated and self.ema: self.ema.update_parameters(self.model)
-        return loss.detach()
-
-    def descend(self, loss: Tensor, optimizer, factor: float, net: nn.Module) -> None:
-        "One update of `net` down the gradient of `loss`, at `factor` times the optimiser's learning rate"
-        self.accelerator.backward(loss)
-        if self.updated and self.clip: self.accelerator.clip_grad_norm_(net.parameters(), self.clip)
-        for group in optimizer.param_groups: group["lr"] = group["initial_lr"]*factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+# %% ../nbs/89_engine.ipynb #b2358f82
+class _Keeping(_Losing):
+    "What is looked at first, told at the end of an epoch, and kept"
     def check_first(self, dataset: Dataset, indices: list[int], num_classes: int | None, images: Tensor, labels: Tensor, *extra: Tensor) -> None:
         "ValueError in plain words where a run's first batch is nothing to learn from"
         check_batch(images, labels, dataset, indices, num_classes)
@@ -246,3 +223,32 @@ class Engine(_Fed):
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"the checkpoint is of another model or optimiser: {error}") from error
+
+# %% ../nbs/89_engine.ipynb #2082247b
+class Engine(_Keeping):
+    """A model, its loss and its optimiser on whatever Accelerate finds: CPU, GPU, several of them, several hosts.
+
+    `optimizer`: a torch optimiser, or a function from the model to one. `precision`: 'auto' is bfloat16 where the
+    hardware has it. `accumulate` batches make one update; gradients are clipped to the norm `clip`; `ema` is the decay
+    of the averaged model, 0 for none; the losses of
+    auxiliary heads count `aux_weight` each. Another kind of training is another `step`: see the chapter *adversarial*.
+    """
+    segments = True  # what the model gives are class scores: worth a picture after each epoch
+    settings: dict = {}  # what a run must have in common with the one it resumes, besides what the Learner compares
+
+    def step(self, factor: float, images: Tensor, labels: Tensor, *extra: Tensor, check: Callable | None = None) -> Tensor:
+        "Learn from one batch at `factor` times the learning rate; `check(loss)` may raise before anything has changed"
+        with self.accelerator.accumulate(self.net):
+            loss = self.loss_of(images, labels, *extra)
+            if check: check(loss.detach())
+            self.descend(loss, self.optimizer, factor, self.net)
+        if self.updated and self.ema: self.ema.update_parameters(self.model)
+        return loss.detach()
+
+    def descend(self, loss: Tensor, optimizer, factor: float, net: nn.Module) -> None:
+        "One update of `net` down the gradient of `loss`, at `factor` times the optimiser's learning rate"
+        self.accelerator.backward(loss)
+        if self.updated and self.clip: self.accelerator.clip_grad_norm_(net.parameters(), self.clip)
+        for group in optimizer.param_groups: group["lr"] = group["initial_lr"]*factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
