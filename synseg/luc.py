@@ -93,8 +93,8 @@ class FieldOfView(Critic):
         first, second, last = FIELDS[field]
         part = lambda c: max(1, round(c*width/96))
         wide, end = (part(128), part(256)) if light else (part(256), part(512))
-        self.features = convs({"basic": num_classes, "product": num_classes*in_channels, "both": num_classes + in_channels}[input], [
-            *zip([part(96), part(128), part(128)], first), None, *((wide, k) for k in second), None, (end, 3)])
+        c_in = {"basic": num_classes, "product": num_classes*in_channels, "both": num_classes + in_channels}[input]
+        self.features = convs(c_in, [*zip([part(96), part(128), part(128)], first), None, *((wide, k) for k in second), None, (end, 3)])
         self.score = nn.Conv2d(end, 2, last, padding=last//2)
         he_init(self)
 
@@ -138,5 +138,6 @@ CRITICS: dict[str, ModelEntry] = {e.info.name: e for e in [
     _entry("luc_smallfov", 21, 1_609_090, _field("small", False), *_SHARED),
     _entry("luc_smallfov_light", 21, 526_722, _field("small", True), *_SHARED),
     _entry("luc_two_branch", 8, 1_671_874, TwoBranch,
-           "labels at a quarter are every fourth pixel of maps at the image's size; they meet the image behind its second pooling", *_SHARED[1:2], "He's initialisation"),
+           "labels at a quarter are every fourth pixel of maps at the image's size; they meet the image behind its second pooling",
+           _SHARED[1], "He's initialisation"),
 ]}
