@@ -19,7 +19,7 @@ from .engine import Engine
 FORMS: Mapping[str, Callable[[Tensor, float], Tensor]] = {  # of a logit and +1 where it should say "real", -1 where not
     "bce": lambda z, sign: F.softplus(-sign*z),  # -log sigmoid(sign*z), without ever taking the log of 0
     "focal": lambda z, sign: torch.sigmoid(-sign*z)**2 * F.softplus(-sign*z),
-    "least_squares": lambda z, sign: (z - (sign > 0))**2,
+    "least_squares": lambda z, sign: (z - float(sign > 0))**2,
 }
 
 def verdict_loss(logits: Tensor, real: bool, form: str = "bce", mask: Tensor | None = None) -> Tensor:
