@@ -37,7 +37,7 @@ class SameMaxPool2d(nn.MaxPool2d):
 
 # %% ../nbs/73_simgan.ipynb #8b0a972a
 class RefinerBlock(nn.Module):
-    "ReLU(x + convolution of ReLU of convolution of x), without norms: (N, width, H, W) unchanged in shape (Shrivastava et al., fig. 6)"
+    "ReLU(x + convolution of ReLU of convolution of x), without norms: (N, width, H, W) unchanged in shape (section 3.1)"
     def __init__(self, width: int, kernel: int):
         super().__init__()
         self.conv1, self.conv2 = SameConv2d(width, width, kernel), SameConv2d(width, width, kernel)
@@ -77,7 +77,7 @@ GAZE: Table = (("conv", 96, 3, 2), ("conv", 64, 3, 2), ("pool", 0, 3, 1), ("conv
 HAND: Table = (("conv", 96, 7, 4), ("conv", 64, 5, 2), ("pool", 0, 3, 2), ("conv", 32, 3, 2), ("conv", 32, 1, 1), ("conv", 2, 1, 1))
 
 class LocalCritic(nn.Sequential):
-    """A critic of patches: images (N, C, H, W) in [0, 1] -> logits (N, 2, h, w), in each cell 0 real and 1 refined (section 3.2).
+    """A critic of patches: images (N, C, H, W) in [0, 1] -> logits (N, 2, h, w), in each cell 0 real and 1 refined (section 2.2).
 
     `table` lists its layers, all with SAME padding, ReLU after each convolution but the last, whose logits are linear;
     `final_relu=True` rectifies them too, as some published code does. `width`: maps of the first layer, the others but the last
@@ -121,13 +121,11 @@ class HistoryBuffer:
 
     `exchange(refined)` (b, C, H, W): while the buffer is short of b//2 pictures, what came in; then the first b - b//2 of them and
     b//2 drawn from the buffer. The b//2 that gave way enter it, in free places, and when it is full in place of random ones.
-    Draws come from torch's global generator; `state_dict` holds tensors and plain numbers."""
+    Draws come from torch's global generator; `state_dict` holds tensors and plain numbers; `count` says how many there are."""
     def __init__(self, size: int):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"size is {size!r}; a buffer holds a whole number of pictures, 1 or more")
         self.size, self.count, self.images = size, 0, None
-
-    def __len__(self) -> int: return self.count
 
     @torch.no_grad()
     def exchange(self, refined: Tensor) -> Tensor:
