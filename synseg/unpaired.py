@@ -90,21 +90,15 @@ def cells_loss(logits: Tensor, refined: bool, reduction: str = "mean") -> Tensor
     return F.cross_entropy(logits, target, reduction=reduction)/(len(logits) if reduction == "sum" else 1)
 
 # %% ../nbs/59_unpaired.ipynb #c05005d8
-class Refining(OnPictures):
-    """SimGAN's algorithm 1 (Shrivastava et al. 2017), one update per batch: `pretrain[0]` updates of the refiner towards what it was
-    given, `pretrain[1]` of the critic, then in turns `turns[0]` of the refiner and `turns[1]` of the critic.
-
-    The engine's loss is the self-regularisation, `loss(refined, synthetic)`; `first_loss` takes its place while the refiner
-    pre-trains. The refiner minimises `alpha` times -log(1 - D) plus `beta` times self-regularisation, D the probability of
-    "refined". `buffer`: a HistoryBuffer, or None; half of what the critic is shown as refined then comes from it. `reduction`:
-    see `cells_loss`. With `accumulate` batches per update a turn lasts as many batches."""
+class _Turns(OnPictures):
+    "Settings of `Refining`, and whose turn it is"
     def __init__(self, *parts, alpha: float = 1.0, beta: float = 1.0, first_loss: Callable | None = None, buffer=None,
                  pretrain: tuple[int, int] = (1000, 200), turns: tuple[int, int] = (2, 1), reduction: str = "mean", **more):
         super().__init__(*parts, **more)
         if min(*pretrain, *turns) < 0 or not sum(turns):
             raise ValueError(f"pretrain={pretrain}, turns={turns}: updates of refiner and critic, none negative, one turn at least")
         if min(alpha, beta) < 0 or reduction not in ("mean", "sum"):
-            raise ValueError(f"alpha={alpha}, beta={beta}, reduction={reduction!r}: expected shares of 0 or more, 'mean' or 'sum'")
+            raise ValueError(f"alpha={alpha}, beta={beta}, reduction={reduction!r}: expected weights of 0 or more, 'mean' or 'sum'")
         self.first_loss = (first_loss.to(self.device) if isinstance(first_loss, nn.Module) else first_loss) or self.loss
         self.alpha, self.beta, self.buffer, self.reduction = alpha, beta, buffer, reduction
         self.pretrain, self.turns, self.buffers = tuple(pretrain), tuple(turns), {} if buffer is None else dict(refined=buffer)
@@ -118,18 +112,8 @@ class Refining(OnPictures):
         if n < refiner + critic: return "first critic"
         return "refiner" if (n - refiner - critic) % sum(self.turns) < self.turns[0] else "critic"
 
-    def step(self, factor: float, synthetic: Tensor, real: Tensor, *extra: Tensor, check: Callable | None = None) -> Tensor:
-        "A batch for the refiner or for the critic, whose `turn` it is; the other one is left as it was, buffers of norms included"
-        refines = self.turn() in ("first refiner", "refiner")
-        with self.accelerator.accumulate(self.net, self.critic_net):
-            loss = self._refiner(synthetic) if refines else self._critic(synthetic, real, check)
-            if check: check(loss.detach())
-            if refines: self.descend(loss, self.optimizer, factor, self.net)
-            else: self.learn_critic(loss, factor)
-        if self.updated and self.ema and refines: self.ema.update_parameters(self.model)
-        self.updates += self.updated
-        return loss.detach()
-
+# %% ../nbs/59_unpaired.ipynb #6e1f1077
+class _RefiningLosses(_Turns):
     def _refiner(self, synthetic: Tensor) -> Tensor:
         refined = self.outputs(synthetic)[0]
         if self.turn() == "first refiner":
@@ -151,6 +135,27 @@ class Refining(OnPictures):
         on_refined = cells_loss(self.judge(self.critic_net, refined), True, self.reduction)
         self.note(critic_real=on_real, critic_refined=on_refined)
         return on_real + on_refined
+
+# %% ../nbs/59_unpaired.ipynb #0e980b72
+class Refining(_RefiningLosses):
+    """SimGAN's algorithm 1 (Shrivastava et al. 2017), one update per batch: `pretrain[0]` updates of the refiner towards what it was
+    given, `pretrain[1]` of the critic, then in turns `turns[0]` of the refiner and `turns[1]` of the critic.
+
+    The engine's loss is the self-regularisation, `loss(refined, synthetic)`; `first_loss` takes its place while the refiner
+    pre-trains. The refiner minimises `alpha` times -log(1 - D) plus `beta` times self-regularisation, D the probability of
+    "refined". `buffer`: a HistoryBuffer, or None; half of what the critic is shown as refined then comes from it. `reduction`:
+    see `cells_loss`. With `accumulate` batches per update a turn lasts as many batches."""
+    def step(self, factor: float, synthetic: Tensor, real: Tensor, *extra: Tensor, check: Callable | None = None) -> Tensor:
+        "A batch for the refiner or for the critic, whose `turn` it is; the other one is left as it was, buffers of norms included"
+        refines = self.turn() in ("first refiner", "refiner")
+        with self.accelerator.accumulate(self.net, self.critic_net):
+            loss = self._refiner(synthetic) if refines else self._critic(synthetic, real, check)
+            if check: check(loss.detach())
+            if refines: self.descend(loss, self.optimizer, factor, self.net)
+            else: self.learn_critic(loss, factor)
+        if self.updated and self.ema and refines: self.ema.update_parameters(self.model)
+        self.updates += self.updated
+        return loss.detach()
 
 # %% ../nbs/59_unpaired.ipynb #40918d13
 class ImagePool:
@@ -203,7 +208,31 @@ class Cycle(Both):
         return fake_real, others + ([self.there(real), self.back(synthetic)] if same else [])
 
 # %% ../nbs/59_unpaired.ipynb #0ac51963
-class Cycling(OnPictures):
+class _CycleLosses(OnPictures):
+    "Losses of `Cycling`"
+    def verdicts(self, critic: Callable, real: Tensor, synthetic: Tensor, truth: bool) -> Tensor:
+        "Loss of both critics' verdicts, added up, where they should say `truth`"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16): logits = critic(real, synthetic)
+        return sum(verdict_loss(z.float(), truth, self.form) for z in logits)
+
+    def _translators(self, synthetic, real, fake_real, fake_synthetic, again_synthetic, again_real, *same) -> Tensor:
+        adversarial = self.verdicts(bystander(self.critic), fake_real, fake_synthetic, True)
+        cycle = self.loss(again_synthetic, synthetic) + self.loss(again_real, real)
+        self.note(adversarial=adversarial, cycle=cycle)
+        if not same: return adversarial + self.cycle*cycle
+        identity = self.loss(same[0], real) + self.loss(same[1], synthetic)
+        self.note(identity=identity)
+        return adversarial + self.cycle*(cycle + self.identity*identity)
+
+    def _critics(self, synthetic, real, fake_real, fake_synthetic) -> Tensor:
+        fakes = self.buffers["real"].exchange(fake_real), self.buffers["synthetic"].exchange(fake_synthetic)
+        on_real = self.verdicts(self.critic_net, real, synthetic, True)
+        on_fake = self.verdicts(self.critic_net, *fakes, False)
+        self.note(critic_real=on_real, critic_fake=on_fake)
+        return (on_real + on_fake)/2  # halved: the critics learn more slowly than the translators
+
+# %% ../nbs/59_unpaired.ipynb #7443bb78
+class Cycling(_CycleLosses):
     """CycleGAN's step (Zhu et al. 2017, eq. 1-3): the model is a `Cycle` of two translators, the critic `Both` critics, of what shall
     look real and of what shall look synthetic, each giving logits of "this is one".
 
@@ -225,32 +254,11 @@ class Cycling(OnPictures):
         with self.accelerator.accumulate(self.net, self.critic_net):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 fake, others = self.net((synthetic, real, self.identity > 0))
-            fake_real, fake_synthetic, *rest = (p.float() for p in (fake, *others))
-            loss = self._translators(synthetic, real, fake_real, fake_synthetic, *rest)
+            made = [p.float() for p in (fake, *others)]
+            loss = self._translators(synthetic, real, *made)
             if check: check(loss.detach())
             self.descend(loss, self.optimizer, factor, self.net)
-            self.learn_critic(self._critics(synthetic, real, fake_real, fake_synthetic), factor)
+            self.learn_critic(self._critics(synthetic, real, *made[:2]), factor)
         if self.updated and self.ema: self.ema.update_parameters(self.model)
         self.updates += self.updated
         return loss.detach()
-
-    def verdicts(self, critic: Callable, real: Tensor, synthetic: Tensor, truth: bool) -> Tensor:
-        "Loss of both critics' verdicts, added up, where they should say `truth`"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16): logits = critic(real, synthetic)
-        return sum(verdict_loss(z.float(), truth, self.form) for z in logits)
-
-    def _translators(self, synthetic, real, fake_real, fake_synthetic, again_synthetic, again_real, *same) -> Tensor:
-        adversarial = self.verdicts(bystander(self.critic), fake_real, fake_synthetic, True)
-        cycle = self.loss(again_synthetic, synthetic) + self.loss(again_real, real)
-        self.note(adversarial=adversarial, cycle=cycle)
-        if not same: return adversarial + self.cycle*cycle
-        identity = self.loss(same[0], real) + self.loss(same[1], synthetic)
-        self.note(identity=identity)
-        return adversarial + self.cycle*(cycle + self.identity*identity)
-
-    def _critics(self, synthetic, real, fake_real, fake_synthetic) -> Tensor:
-        fakes = self.buffers["real"].exchange(fake_real), self.buffers["synthetic"].exchange(fake_synthetic)
-        on_real = self.verdicts(self.critic_net, real, synthetic, True)
-        on_fake = self.verdicts(self.critic_net, *fakes, False)
-        self.note(critic_real=on_real, critic_fake=on_fake)
-        return (on_real + on_fake)/2  # halved: the critics learn more slowly than the translators
