@@ -45,6 +45,7 @@ def _upward(c: int, up: str) -> list[nn.Module]:
     if up == "resize": return _normed(ResizeConv(c, c//2), c//2)
     return _normed(nn.ConvTranspose2d(c, c//2, 3, 2, 1, output_padding=1), c//2)
 
+# %% ../nbs/75_cyclegan.ipynb #9f183716
 class Generator(nn.Module):
     """c7s1-64, d128, d256, nine R256, u128, u64, c7s1-3: (N, C, H, W) in [0, 1] to the same, any H and W from 8 up.
 
