@@ -31,6 +31,7 @@ from .icnet import ENTRIES as ICNETS
 from .mssa import ENTRIES as MSSAS
 from .pretrained import ENTRIES as PRETRAINED
 from .pspnet import ENTRIES as PSPNETS
+from .seggan import ENTRIES as SEGGANS
 from .segnet import ENTRIES as SEGNETS
 from .spinenet import ENTRIES as SPINENETS
 from .tiramisu import ENTRIES as TIRAMISUS
@@ -41,7 +42,7 @@ __all__ = ['list_models', 'model_info', 'model_options', 'ModelCard', 'create_mo
 
 # %% ../nbs/15_zoo.ipynb #2aedb9ff
 _ENTRIES: dict[str, ModelEntry] = {**UNETS, **PRETRAINED, **FCNS, **SEGNETS, **TIRAMISUS, **GRIDNETS,
-                                 **DILATED, **DEEPLABS, **PSPNETS, **HRNETS, **SPINENETS, **MSSAS,
+                                 **DILATED, **DEEPLABS, **SEGGANS, **PSPNETS, **HRNETS, **SPINENETS, **MSSAS,
                                  **CONTEXTNETS, **ENETS, **ICNETS, **BISENETS, **FRRNS}
 
 def list_models() -> list[str]:

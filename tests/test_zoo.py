@@ -19,7 +19,7 @@ SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(
          "dilated_vgg": dict(width=2),
          "deeplabv1": dict(width=4), "deeplabv2": dict(width=4), "deeplabv3": dict(width=4), "deeplabv3plus": dict(width=4),
          "deeplabv3plus_xception": dict(width=2),
-         "pspnet": dict(width=4),
+         "pspnet": dict(width=4), "seggan": dict(width=4),
          **{f"hrnet_{n}": dict(width=4, modules=[1, 1, 1], blocks=1, first=[1, 4], stem=8)
             for n in ("w18", "w32", "w48", "w18_small_v1", "w18_small_v2")},
          "spinenet49": dict(width=4),
