@@ -27,7 +27,7 @@ def _feature_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     for v in (x, y):
         if v.ndim != 2 or v.shape[1] != x.shape[1] or not v.shape[1]:
             raise ValueError(f"found features of shapes {tuple(x.shape)} and {tuple(y.shape)}; expected (N, D) and (M, D)")
-        if len(v) < 2: raise ValueError(f"{len(v)} picture found in a set; a spread needs two or more in each (and thousands to be trusted)")
+        if len(v) < 2: raise ValueError(f"{len(v)} picture found in a set; a spread needs two or more (and to be trusted, thousands)")
         if not v.isfinite().all(): raise ValueError("a feature is NaN or infinite")
     return x, y
 
@@ -46,12 +46,27 @@ def frechet_distance(
     about as D^2/N: compare only distances of equal N and M, best far above D. It is FID with the 2015 Inception alone."""
     x, y = _feature_pair(x, y)
     (m, a), (n, b) = _moments(x), _moments(y)
-    shared = torch.linalg.svdvals(a @ b.T).sum() # the trace of (S T)^(1/2)
-    return max(0.0, float((m - n).square().sum() + a.square().sum() + b.square().sum() - 2 * shared))
+    squares = sum(v.square().sum() for v in (m - n, a, b)) # those of a root are the covariance's trace
+    return max(0.0, float(squares - 2 * torch.linalg.svdvals(a @ b.T).sum()))
 
 # %% ../nbs/72_realism.ipynb #c9017898
 class _Enough(Exception): "Ends a forward pass once the last map that is asked for is there"
 
+def _watch(net: nn.Module, layers: Sequence[str], x: Tensor) -> list[Tensor]:
+    "What leaves these layers on x's way through the network, in the order in which it does"
+    seen, left = [], set(layers)
+    def keep(layer, out):
+        seen.extend([out] if isinstance(out, Tensor) else out)
+        left.discard(layer)
+        if not left: raise _Enough
+    handles = [net.get_submodule(n).register_forward_hook(lambda _, args, out, n=n: keep(n, out)) for n in layers]
+    try: net(x)
+    except _Enough: return seen
+    finally:
+        for handle in handles: handle.remove()
+    raise ValueError(f"{type(net).__name__} never came to {sorted(left)}")
+
+# %% ../nbs/72_realism.ipynb #53fd6911
 class Features(nn.Module):
     """What a network sees in pictures: (N, 3, H, W) in [0, 1] -> (N, D), the spatial means of the maps of some of its layers.
 
@@ -69,35 +84,22 @@ class Features(nn.Module):
         for m in self.net.modules():
             if getattr(m, "inplace", False): m.inplace = False # else the next layer would paint over a map that we keep
         if hasattr(self.net, "min_size"): self.net.min_size = 1 # a picture too small to be segmented can still be judged
-        self.net.requires_grad_(False)
         for key, value in dict(mean=mean, std=std).items(): self.register_buffer(key, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
-        self.train(False)
+        self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> nn.Module: return super().train(False)
 
     def column(self, measure: str = "Fréchet distance") -> str:
         "What a table may call a measure made with these features"
-        official = {"Fréchet distance": "FID", "kernel distance": "KID"}.get(measure) if self.fid else None
-        return official or f"{measure}, {self.name}"
+        official = {"Fréchet distance": "FID", "kernel distance": "KID"} if self.fid else {}
+        return official.get(measure, f"{measure}, {self.name}")
 
     def maps(self, x: Tensor) -> list[Tensor]:
         "The maps (N, C_j, H_j, W_j) of the layers, in the order in which the network makes them"
         if x.ndim != 4 or x.shape[1] != self.mean.shape[1] or not x.is_floating_point():
             raise ValueError(f"expected float pictures (N, {self.mean.shape[1]}, H, W) in [0, 1]; found {tuple(x.shape)} {x.dtype}")
         if self.size: x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True)
-        seen, left = [], set(self.layers)
-        def keep(layer):
-            def hook(module, args, out):
-                seen.extend([out] if isinstance(out, Tensor) else out)
-                left.discard(layer)
-                if not left: raise _Enough
-            return hook
-        handles = [self.net.get_submodule(layer).register_forward_hook(keep(layer)) for layer in self.layers]
-        try: self.net((x - self.mean) / self.std)
-        except _Enough: return seen
-        finally:
-            for handle in handles: handle.remove()
-        raise ValueError(f"{self.name}: the network never came to {sorted(left)}")
+        return _watch(self.net, self.layers, (x - self.mean) / self.std)
 
     @torch.no_grad()
     def forward(self, x: Tensor, batch: int = 32) -> Tensor:
@@ -131,23 +133,22 @@ def feature_extractor(
     name, last = _IMAGENET[source]
     if source == "inception_v3": net, statistics, size = InceptionFeatures(weights).net, ((0.5,) * 3, (0.5,) * 3), size or (299, 299)
     else: net, statistics = getattr(models, source)(weights=None), (IMAGENET_MEAN, IMAGENET_STD)
-    if weights is not None and source != "inception_v3":
-        try: net.load_state_dict(_state(source, weights))
-        except RuntimeError as error: raise ValueError(f"{weights} does not fit torchvision's {source}: {error}") from error
+    if weights is not None and source != "inception_v3": _fill(net, source, weights)
     return Features(net, layers or last, f"{name} features{'' if weights else ' of random weights'}{chosen}", *statistics, size)
 
 # %% ../nbs/72_realism.ipynb #7d2a8c4f
-def _state(source: str, weights: str | Path) -> dict[str, Tensor]:
-    "The tensors of torchvision's ImageNet weights or of a file"
-    path = Path(weights)
-    if weights == "imagenet":
-        known = models.get_model_weights(source)["IMAGENET1K_V1"]
-        try: return known.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error: raise FileNotFoundError(
-            f"could not download {known.url} ({error}). Fetch it elsewhere and pass its path as weights=") from error
-    if not path.is_file(): raise FileNotFoundError(f"no weights at {path}: pass 'imagenet', None, or the path of a file")
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+def _fill(net: nn.Module, source: str, weights: str | Path) -> None:
+    "Load torchvision's ImageNet weights, or a file; FileNotFoundError or ValueError where there are none that fit"
+    path, known = Path(weights), models.get_model_weights(source)["IMAGENET1K_V1"]
+    try:
+        if weights == "imagenet": state = known.get_state_dict(progress=False, check_hash=True)
+        else: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error: raise FileNotFoundError(
+        f"no weights from {weights} ({error}): fetch {known.url} elsewhere and pass its path as weights=, or None") from error
+    try: net.load_state_dict(state)
+    except RuntimeError as error: raise ValueError(f"{weights} does not fit torchvision's {source}: {error}") from error
 
+# %% ../nbs/72_realism.ipynb #b6d81910
 _FID_FILE, _FID_HASH = "weights-inception-2015-12-05-6726825d.pth", "6726825d"
 _FID_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_FID_FILE}"
 
@@ -191,6 +192,16 @@ class KernelDistance(NamedTuple):
     subset_size: int
 
 # %% ../nbs/72_realism.ipynb #4c2e2577
+def _subset_sums(x: Tensor, y: Tensor, s: Tensor, t: Tensor, block: int = 2048) -> Tensor: # (subsets,)
+    "For each row of the memberships s (subsets, N) and t (subsets, M), the kernel summed over its pairs; without i = j if x is y"
+    total = 0
+    for i in range(0, len(x), block):
+        kernel = _cubic(x[i:i+block], y)
+        if x is y: kernel.diagonal(i).zero_()
+        total = total + ((s[:, i:i+block] @ kernel) * t).sum(1)
+    return total
+
+# %% ../nbs/72_realism.ipynb #3e9b8686
 def kernel_distance(
     x: Tensor, # (N, D) features of one set
     y: Tensor, # (M, D) features of the other, by the same extractor
@@ -216,15 +227,6 @@ def kernel_distance(
     mean, std = float(found.mean()), float(found.std())
     half = 1.96 * std * math.sqrt(m / (least - m))
     return KernelDistance(mean, mean - half, mean + half, std, m)
-
-def _subset_sums(x: Tensor, y: Tensor, s: Tensor, t: Tensor, block: int = 2048) -> Tensor: # (subsets,)
-    "For each row of the memberships s (subsets, N) and t (subsets, M), the kernel summed over its pairs; without i = j if x is y"
-    total = 0
-    for i in range(0, len(x), block):
-        kernel = _cubic(x[i:i+block], y)
-        if x is y: kernel.diagonal(i).zero_()
-        total = total + ((s[:, i:i+block] @ kernel) * t).sum(1)
-    return total
 
 # %% ../nbs/72_realism.ipynb #ade07dc3
 def ssim(
