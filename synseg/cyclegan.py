@@ -48,9 +48,9 @@ def _upward(c: int, up: str) -> list[nn.Module]:
 class Generator(nn.Module):
     """c7s1-64, d128, d256, nine R256, u128, u64, c7s1-3: (N, C, H, W) in [0, 1] to the same, any H and W from 8 up.
 
-    Zhu et al. 2017, section 7.2. `width`: maps of the first layer, 64 in the paper; `blocks`: 9, and 6 for images of 128x128.
-    `up='resize'` repeats and convolves where the paper has transposed convolutions. Sizes that 4 does not divide are mirrored up
-    and the result is cut back. Parameters are named as in the authors' PyTorch code."""
+    Zhu et al. 2017, section 7.2. `width`: maps of the first layer; `blocks`: 9, and 6 for images of 128x128. `up='resize'` repeats
+    and convolves in place of transposed convolutions. Sizes that 4 does not divide are mirrored up and the result is cut back.
+    Parameters are named as in the authors' PyTorch code."""
     def __init__(self, in_channels: int = 3, width: int = 64, blocks: int = 9, up: str = "transposed"):
         super().__init__()
         _whole(in_channels=in_channels, width=width, blocks=blocks)

@@ -37,7 +37,7 @@ class SameMaxPool2d(nn.MaxPool2d):
 
 # %% ../nbs/73_simgan.ipynb #8b0a972a
 class RefinerBlock(nn.Module):
-    "ReLU(x + convolution of ReLU of convolution of x), without norms: (N, width, H, W) unchanged in shape (Shrivastava et al., fig. 6)"
+    "ReLU(x + convolution of ReLU of convolution of x), without norms: (N, width, H, W) unchanged in shape (section 3.1)"
     def __init__(self, width: int, kernel: int):
         super().__init__()
         self.conv1, self.conv2 = SameConv2d(width, width, kernel), SameConv2d(width, width, kernel)
@@ -77,7 +77,7 @@ GAZE: Table = (("conv", 96, 3, 2), ("conv", 64, 3, 2), ("pool", 0, 3, 1), ("conv
 HAND: Table = (("conv", 96, 7, 4), ("conv", 64, 5, 2), ("pool", 0, 3, 2), ("conv", 32, 3, 2), ("conv", 32, 1, 1), ("conv", 2, 1, 1))
 
 class LocalCritic(nn.Sequential):
-    """A critic of patches: images (N, C, H, W) in [0, 1] -> logits (N, 2, h, w), in each cell 0 real and 1 refined (section 3.2).
+    """A critic of patches: images (N, C, H, W) in [0, 1] -> logits (N, 2, h, w), in each cell 0 real and 1 refined (section 2.2).
 
     `table` lists its layers, all with SAME padding, ReLU after each convolution but the last, whose logits are linear;
     `final_relu=True` rectifies them too, as some published code does. `width`: maps of the first layer, the others but the last
@@ -116,44 +116,22 @@ def self_regularisation(refined: Tensor, synthetic: Tensor,  # both (N, C, H, W)
     return scale*(distance.mean(1) if reduction == "mean" else distance.sum(1)).mean()
 
 # %% ../nbs/73_simgan.ipynb #9b2e30da
-class HistoryBuffer:
-    """At most `size` refined pictures of the past, so that the critic does not forget them (Shrivastava et al., section 2.3).
-
-    `exchange(refined)` (b, C, H, W): while the buffer is short of b//2 pictures, what came in; then the first b - b//2 of them and
-    b//2 drawn from the buffer. The b//2 that gave way enter it, in free places, and when it is full in place of random ones.
-    Draws come from torch's global generator; `state_dict` holds tensors and plain numbers."""
+class _Held:
+    "Up to `size` pictures of one size, `count` of them so far, and how they are saved"
     def __init__(self, size: int):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"size is {size!r}; a buffer holds a whole number of pictures, 1 or more")
         self.size, self.count, self.images = size, 0, None
 
-    def __len__(self) -> int: return self.count
-
-    @torch.no_grad()
-    def exchange(self, refined: Tensor) -> Tensor:
-        half = len(refined)//2
-        self._check(refined, half)
-        if half == 0: return refined
-        shown, enter = refined, refined[-half:]
-        if self.count >= half:
-            drawn = self.images[torch.randperm(self.count)[:half].to(self.images.device)]  # a copy: what enters cannot reach it
-            shown = torch.cat([refined[:-half], drawn])
-        free = min(half, self.size - self.count)
-        taken = torch.randperm(self.count)[:half - free]
-        self.images[torch.cat([torch.arange(self.count, self.count + free), taken]).to(self.images.device)] = enter.to(self.images.dtype)
-        self.count += free
-        return shown
-
-    def _check(self, refined: Tensor, half: int) -> None:
-        if half > self.size:
-            raise ValueError(f"a buffer of {self.size} pictures cannot give {half}, half a batch of {len(refined)}: make it larger")
-        if self.images is None: self.images = refined.new_empty(self.size, *refined.shape[1:])
-        if self.images.shape[1:] != refined.shape[1:]:
-            raise ValueError(f"the buffer holds pictures of {tuple(self.images.shape[1:])}, these are {tuple(refined.shape[1:])}; "
+    def _make_room(self, like: Tensor) -> None:
+        if self.images is None: self.images = like.new_empty(self.size, *like.shape[1:])
+        if self.images.shape[1:] != like.shape[1:]:
+            raise ValueError(f"the buffer holds pictures of {tuple(self.images.shape[1:])}, these are {tuple(like.shape[1:])}; "
                              "expected one size: crop or resize them, or take a new buffer")
-        self.images = self.images.to(refined.device)
+        self.images = self.images.to(like.device)
 
     def state_dict(self) -> dict:
+        "Tensors and plain numbers"
         return dict(size=self.size, count=self.count, images=None if self.images is None else self.images[:self.count].clone())
 
     def load_state_dict(self, state: dict) -> None:
@@ -164,6 +142,29 @@ class HistoryBuffer:
         self.count, images = state["count"], state["images"]
         self.images = None if images is None else images.new_empty(self.size, *images.shape[1:])
         if images is not None: self.images[:self.count] = images
+
+# %% ../nbs/73_simgan.ipynb #f1038caa
+class HistoryBuffer(_Held):
+    """At most `size` refined pictures of the past, so that the critic does not forget them (Shrivastava et al., section 2.3).
+
+    `exchange(refined)` (b, C, H, W): while the buffer is short of b//2 pictures, what came in; then the first b - b//2 of them and
+    b//2 drawn from the buffer. The b//2 that gave way enter it, in free places, and when it is full in place of random ones.
+    Draws come from torch's global generator."""
+    @torch.no_grad()
+    def exchange(self, refined: Tensor) -> Tensor:
+        half = len(refined)//2
+        if half > self.size:
+            raise ValueError(f"a buffer of {self.size} pictures cannot give {half}, half a batch of {len(refined)}: make it larger")
+        self._make_room(refined)
+        if half == 0: return refined
+        shown, free = refined, min(half, self.size - self.count)
+        if self.count >= half:
+            drawn = self.images[torch.randperm(self.count)[:half].to(refined.device)]  # a copy: what enters cannot reach it
+            shown = torch.cat([refined[:-half], drawn.to(refined.dtype)])
+        places = torch.cat([torch.arange(self.count, self.count + free), torch.randperm(self.count)[:half - free]])
+        self.images[places.to(refined.device)] = refined[-half:].to(self.images.dtype)
+        self.count += free
+        return shown
 
 # %% ../nbs/73_simgan.ipynb #cf17ee4b
 _PAPER = ("Shrivastava, Pfister, Tuzel, Susskind, Wang & Webb, Learning from Simulated and Unsupervised Images through "

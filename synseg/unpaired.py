@@ -95,9 +95,9 @@ class _Turns(OnPictures):
     def __init__(self, *parts, alpha: float = 1.0, beta: float = 1.0, first_loss: Callable | None = None, buffer=None,
                  pretrain: tuple[int, int] = (1000, 200), turns: tuple[int, int] = (2, 1), reduction: str = "mean", **more):
         super().__init__(*parts, **more)
-        if min(*pretrain, *turns) < 0 or not sum(turns):
+        if not min(*pretrain, *turns) >= 0 or not sum(turns):
             raise ValueError(f"pretrain={pretrain}, turns={turns}: updates of refiner and critic, none negative, one turn at least")
-        if min(alpha, beta) < 0 or reduction not in ("mean", "sum"):
+        if not min(alpha, beta) >= 0 or reduction not in ("mean", "sum"):
             raise ValueError(f"alpha={alpha}, beta={beta}, reduction={reduction!r}: expected weights of 0 or more, 'mean' or 'sum'")
         self.first_loss = (first_loss.to(self.device) if isinstance(first_loss, nn.Module) else first_loss) or self.loss
         self.alpha, self.beta, self.buffer, self.reduction = alpha, beta, buffer, reduction
@@ -114,6 +114,7 @@ class _Turns(OnPictures):
 
 # %% ../nbs/59_unpaired.ipynb #6e1f1077
 class _RefiningLosses(_Turns):
+    "What `Refining` minimises in each turn"
     def _refiner(self, synthetic: Tensor) -> Tensor:
         refined = self.outputs(synthetic)[0]
         if self.turn() == "first refiner":
@@ -127,12 +128,15 @@ class _RefiningLosses(_Turns):
         self.note(adversarial=adversarial)
         return self.alpha*adversarial + self.beta*regular
 
-    def _critic(self, synthetic: Tensor, real: Tensor, check: Callable | None) -> Tensor:
+    def _critic_step(self, factor: float, synthetic: Tensor, real: Tensor, check: Callable | None) -> Tensor:
         with torch.no_grad(): refined = self.judge(bystander(self.model), synthetic)
         if check: check(refined.mean())  # the buffer must not swallow what is no number
         if self.buffer is not None: refined = self.buffer.exchange(refined)
         on_real = cells_loss(self.judge(self.critic_net, real), False, self.reduction)
+        self.learn_critic(on_real, factor, last=False)  # one graph at a time, as in chapter 69
         on_refined = cells_loss(self.judge(self.critic_net, refined), True, self.reduction)
+        if check: check((on_real + on_refined).detach())
+        self.learn_critic(on_refined, factor)
         self.note(critic_real=on_real, critic_refined=on_refined)
         return on_real + on_refined
 
@@ -149,10 +153,9 @@ class Refining(_RefiningLosses):
         "A batch for the refiner or for the critic, whose `turn` it is; the other one is left as it was, buffers of norms included"
         refines = self.turn() in ("first refiner", "refiner")
         with self.accelerator.accumulate(self.net, self.critic_net):
-            loss = self._refiner(synthetic) if refines else self._critic(synthetic, real, check)
-            if check: check(loss.detach())
+            loss = self._refiner(synthetic) if refines else self._critic_step(factor, synthetic, real, check)
+            if check and refines: check(loss.detach())
             if refines: self.descend(loss, self.optimizer, factor, self.net)
-            else: self.learn_critic(loss, factor)
         if self.updated and self.ema and refines: self.ema.update_parameters(self.model)
         self.updates += self.updated
         return loss.detach()
@@ -224,12 +227,13 @@ class _CycleLosses(OnPictures):
         self.note(identity=identity)
         return adversarial + self.cycle*(cycle + self.identity*identity)
 
-    def _critics(self, synthetic, real, fake_real, fake_synthetic) -> Tensor:
-        fakes = self.buffers["real"].exchange(fake_real), self.buffers["synthetic"].exchange(fake_synthetic)
-        on_real = self.verdicts(self.critic_net, real, synthetic, True)
-        on_fake = self.verdicts(self.critic_net, *fakes, False)
-        self.note(critic_real=on_real, critic_fake=on_fake)
-        return (on_real + on_fake)/2  # halved: the critics learn more slowly than the translators
+    def _critics_step(self, factor: float, truths: tuple, fakes: tuple, check: Callable | None) -> None:
+        fakes = [pool.exchange(fake) for pool, fake in zip(self.buffers.values(), fakes)]
+        for name, pictures, truth in (("critic_real", truths, True), ("critic_fake", fakes, False)):
+            loss = self.verdicts(self.critic_net, *pictures, truth)
+            if check: check(loss.detach())
+            self.learn_critic(loss/2, factor, last=not truth)  # halved: critics shall learn more slowly than translators
+            self.note(**{name: loss})
 
 # %% ../nbs/59_unpaired.ipynb #7443bb78
 class Cycling(_CycleLosses):
@@ -242,7 +246,7 @@ class Cycling(_CycleLosses):
     def __init__(self, *parts, cycle: float = 10.0, identity: float = 0.5, pool: int = 50, form: str = "least_squares",
                  critic_lr: float = 2e-4, betas: tuple[float, float] = (0.5, 0.999), **more):
         super().__init__(*parts, form=form, critic_lr=critic_lr, betas=betas, **more)
-        if min(cycle, identity) < 0: raise ValueError(f"cycle={cycle}, identity={identity}: expected weights of 0 or more")
+        if not min(cycle, identity) >= 0: raise ValueError(f"cycle={cycle}, identity={identity}: expected weights of 0 or more")
         if not isinstance(self.model, Cycle) or not isinstance(self.critic, Both):
             raise ValueError("CycleGAN's model is Cycle(there, back), and its critic Both(critic of real, critic of synthetic pictures)")
         self.cycle, self.identity = cycle, identity
@@ -258,7 +262,7 @@ class Cycling(_CycleLosses):
             loss = self._translators(synthetic, real, *made)
             if check: check(loss.detach())
             self.descend(loss, self.optimizer, factor, self.net)
-            self.learn_critic(self._critics(synthetic, real, *made[:2]), factor)
+            self._critics_step(factor, (real, synthetic), made[:2], check)
         if self.updated and self.ema: self.ema.update_parameters(self.model)
         self.updates += self.updated
         return loss.detach()

@@ -1,6 +1,10 @@
 "Unpaired training: whose turn it is and what it touches, exact resume of both networks and their buffers, CycleGAN's step restated"
 import copy
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from synseg.schedules import constant
 from synseg.train import Learner
 from synseg.unpaired import Both, Cycle, Cycling, ImagePool, Refining, Unpaired, cells_loss
 
+ROOT = Path(__file__).resolve().parent.parent
 ROUGH = 0.2
 
 
@@ -371,3 +376,35 @@ def test_resume_wants_the_same_run(tmp_path):
     state = learner("cycling").state()
     with pytest.raises(ValueError, match="no buffer"):
         learner("cycling").engine.load_state({k: v for k, v in state.items() if k != "buffers"})
+
+
+TWO = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_unpaired import *
+import torch.distributed
+for kind in ("refining", "cycling"):
+    run = learner(kind, accumulate=2).fit(6)
+    for net in (run.model, run.engine.critic):
+        for name, p in net.named_parameters():
+            found = run.engine.gather(p.detach())
+            assert run.engine.world == 2 and torch.equal(*found), name + " drifted apart"
+    state = run.state()
+    assert len(state["buffers"]) == 2 and not same_state(*state["buffers"])
+    before = run.engine.buffers
+    run.engine.load_state(state)
+    assert same_state({{k: b.state_dict() for k, b in before.items()}}, state["buffers"][run.engine.rank])
+    sys.stdout.write(f"[fine {{run.engine.updates}}]")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_stay_together(tmp_path):
+    "Batch norm in all networks, whose buffers a data-parallel wrapper writes before each forward; a buffer for each process"
+    script = tmp_path/"two.py"
+    script.write_text(TWO.format(tests=str(ROOT/"tests")))
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0 and done.stdout.count("fine") == 4, done.stdout + done.stderr
