@@ -119,7 +119,16 @@ def test_beta_follows_the_size():
     x, y = torch.rand(1, 3, 1, 1), torch.rand(1, 3, 1, 1)
     big_term = OURS.beta*grey_levels(x.expand(-1, -1, 80, 160), y.expand(-1, -1, 80, 160))
     torch.testing.assert_close(small.beta*grey_levels(x.expand(-1, -1, 40, 80), y.expand(-1, -1, 40, 80)), big_term)
-    assert small.at(OURS.size) == OURS and SIMGAN.at((40, 80)) == replace(SIMGAN, size=(40, 80))
+    summed = replace(OURS, reduction="sum")
+    assert small.at(OURS.size) == OURS and summed.at((40, 80)) == replace(summed, size=(40, 80))
+
+
+def test_leash():
+    "So many grey levels everywhere cost what an undecided verdict does"
+    for plan in (OURS, SIMGAN, OURS.at((48, 64)), replace(OURS, reduction="sum")):
+        x, y = torch.zeros(1, 3, *plan.size, dtype=torch.float64), torch.full((1, 3, *plan.size), plan.leash()/255, dtype=torch.float64)
+        verdicts = F.cross_entropy(torch.zeros_like(study_critic(width=6)(x.float())).double(), torch.zeros(1, *(-(-n//24) for n in plan.size), dtype=torch.long), reduction=plan.reduction)
+        torch.testing.assert_close(plan.beta*grey_levels(y, x), plan.alpha*verdicts)
 
 
 def test_first_loss():
