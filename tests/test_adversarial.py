@@ -294,6 +294,17 @@ def test_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     assert len(rows[0]) == 3 and same_state(*rows) and rows[0][2]["adversarial"] > 0
 
 
+def test_fit_one_resume_and_fit_two_is_fit_two(tmp_path):
+    steady = dict(schedule=lambda share: 1.0)  # a schedule follows the share of the run that is done: this one is the same for both
+    whole = learner(tmp_path/"whole", **steady).fit(2)
+    learner(tmp_path/"parts", **steady).fit(1)
+    torch.manual_seed(99)
+    resumed = learner(tmp_path/"parts", **steady).resume().fit(2)
+    for part in ("model", "ema", "optimizer", "critic", "critic_optimizer", "updates", "rng"):
+        assert same_state(whole.state()[part], resumed.state()[part]), part
+    assert same_state(whole.history[1]["critic_fake"], resumed.history[1]["critic_fake"])
+
+
 @pytest.mark.parametrize("settings", [dict(accumulate=2), dict(accumulate=1, ema=0.0, clip=None)])
 def test_one_epoch_then_another_is_two(tmp_path, settings):
     engine = lambda: partial(Adversarial, critic=critic(kind="pixels"), weight=0.1, critic_updates=2, form="focal")
