@@ -212,9 +212,9 @@ def critic(profile: str = "cpu", name: str = "seggan", crf: bool = True, weight:
     """The adversary of a run. Narrow and ten times as fast as published where pictures are small and steps few.
 
     `crf`: Seg-GAN's cascade of ConvCRFs, or not; `more` goes to `Adversarial`."""
-    options = {} if profile == "gpu" else dict(width=16)
-    if name == "seggan": options |= dict(crf=None) if not crf else {} if profile == "gpu" else dict(field=WINDOW)
-    return dict(name=name, options=options, weight=weight, critic_lr=1e-4 if profile == "gpu" else 1e-3) | more
+    own = {} if name != "seggan" else {"crf": None} if not crf else {} if profile == "gpu" else {"field": WINDOW}
+    narrow = {} if profile == "gpu" else {"width": 16} if name == "seggan" else {"width": 24, "step": 2}  # a quarter of the channels
+    return dict(name=name, options=narrow | own, weight=weight, critic_lr=1e-4 if profile == "gpu" else 1e-3) | more
 
 def seeded(variants: Mapping[str, Run], seeds: Iterable[int] = range(3)) -> dict[str, Run]:
     "Every run with every seed, as NAME_SEED; a run that starts from another starts from the one of its own seed"
@@ -247,7 +247,7 @@ def table1(profile: str) -> dict[str, Run]:
     vgg = lambda model, **options: replace(run, model=model, encoder=None, lr=run.lr/3, options=own | options)
     wide = {} if profile == "gpu" else dict(width=run.options["width"])
     return {"segnet": replace(run, model="segnet", encoder=None, options=own), "fcn8s": vgg("fcn8s", padding=1),
-            "luc": against(vgg("dilated_vgg", padding="zeros"), profile, name="luc"), "deeplabv2": run,
+            "luc": against(vgg("dilated_vgg", padding="zeros"), profile, name="luc_largefov"), "deeplabv2": run,
             "deeplabv3": replace(run, model="deeplabv3", options=wide | dict(output_stride=8)), "seggan": against(run, profile)}
 
 # %% ../nbs/57_duels.ipynb #eb397a2e
@@ -258,7 +258,7 @@ ON_VOC = Run(model="deeplabv2", encoder="resnet101", options=dict(scales=[1]), e
              augment=TILES | dict(scale=(0.5, 1.5)))  # section 4.2, from ImageNet for MS COCO
 FRAMES = replace(ON_VOC, data="camvid", size=(360, 480), eval_size=None, class_weights="sqrt", batch_size=4, epochs=100)
 
-def _with_luc(profile: str) -> dict[str, Run]: return rivals(profile) | {"luc": against(SIZES[profile], profile, name="luc")}
+def _with_luc(profile: str) -> dict[str, Run]: return rivals(profile) | {"luc": against(SIZES[profile], profile, name="luc_largefov")}
 
 def _sizes(variants: Callable, seeds: int = 3) -> dict[str, dict[str, Run]]:
     return {profile: seeded(variants(profile), range(1 if profile == "smoke" else seeds)) for profile in SIZES}
