@@ -69,10 +69,10 @@ def test_truth_scores_one_and_a_shift_costs_most_at_boundaries(samples):
     perfect, moved = Tally(11), Tally(11)
     for s in samples:
         perfect.update(maps(s.label), s.label)
-        moved.update(maps(s.label.roll(1, 1)), s.label)
+        moved.update(maps(torch.cat([s.label[:, :1], s.label[:, :-1]], 1)), s.label)
     assert all(v == 1 for v in perfect.scores().values())
     found = moved.scores()
-    assert found["near_iou"] < found["mean_iou"] < found["inside_iou"] == pytest.approx(1, abs=0.02)
+    assert found["near_iou"] < found["mean_iou"] < found["inside_iou"] == 1
     assert tallied(samples, 11)["mean_iou"] < 1
 
 
@@ -90,7 +90,7 @@ def test_differences_are_paired_by_seed():
     shift = {0: 0.0, 1: 0.3, 2: -0.1, 7: 0.0}
     hard = {name: {s: row(r["mean_iou"] + shift[s]) for s, r in seeds.items()} for name, seeds in easy.items()}
     first, second = (summarised(rows, "a")["b"]["difference"]["mean_iou"] for rows in (easy, hard))
-    assert first == pytest.approx(second) and first["n"] == 3 and first["mean"] == pytest.approx(0.31/3)
+    assert first == pytest.approx(second) and first["n"] == 3 and first["mean"] == pytest.approx(0.1)
     assert summarised(easy, "a")["a"]["difference"] is None
 
 
