@@ -109,19 +109,19 @@ def advsemiseg(num_classes: int, in_channels: int = 3, *, width: int = 64) -> Co
     "The discriminator that Seg-GAN's descends from: 4x4 kernels, no CRF, blind to the image"
     return ConvCritic(num_classes, in_channels, kernel=4, width=width, crf=None)
 
-# %% ../nbs/71_seggan.ipynb #e102a160
+# %% ../nbs/71_seggan.ipynb #43ccb6b5
 def seggan(num_classes: int, in_channels: int = 3, *, encoder: str = "resnet101", rates: Sequence[int] = (6, 12, 18, 24),
            width: int | None = None) -> DeepLabSum:
     "Seg-GAN's segmentation network: `deeplabv2` at one scale (Zhao et al., section 3.1). Its critic stays behind after training"
     return deeplabv2(num_classes, in_channels, encoder=encoder, rates=rates, scales=(1,), width=width)
 
-# %% ../nbs/71_seggan.ipynb #5e13caad
+# %% ../nbs/71_seggan.ipynb #f77d8df6
 PAPER = dict(  # section 4.2: what a run at the paper's size would take
     weights={0.01: 80.14, 0.02: 79.78, 0.05: 78.34, 0.005: 78.17},  # lambda and the mean IoU printed for it, VOC 2012 val, table 2
     optimizer=dict(name="sgd", lr=2.5e-4, momentum=0.9, nesterov=True, weight_decay=5e-4), critic_lr=1e-4, betas=(0.9, 0.999),
     power=0.9, crop=319, batch_size=11, steps=50_000)
 
-# %% ../nbs/71_seggan.ipynb #dbf31c94
+# %% ../nbs/71_seggan.ipynb #b05de650
 _PAPER = "Zhao, Wang, Liu, Yang, Sun & Qiao, Semantic Segmentation by Improved Generative Adversarial Networks"
 _HUNG = "Hung, Tsai, Liou, Lin & Yang, Adversarial Learning for Semi-Supervised Semantic Segmentation"
 _MASKED = "maps are zero where the label is void, and losses are means over the other pixels, not sums"
