@@ -13,7 +13,7 @@ from torch import nn
 
 from .adversarial import Adversarial, one_hot
 from .cyclegan import CRITICS as CYCLE
-from .luc import CRITICS as LUC
+from .luc import CRITICS as LUC, scaled_truth
 from .refiner import CRITICS as REFINER
 from .seggan import CRITICS as SEGGAN
 from .segmenter import ModelEntry, ModelInfo
@@ -40,7 +40,7 @@ def create_discriminator(name: str, num_classes: int = 2, in_channels: int = 3, 
     return _entry(name).build(num_classes, in_channels, **options)
 
 # %% ../nbs/58_discriminators.ipynb #6b8288a6
-TRUTHS: dict[str, Callable] = {"one_hot": one_hot}  # (labels, probs) -> maps that the critic is shown as truth
+TRUTHS: dict[str, Callable] = {"one_hot": one_hot, "scaled": scaled_truth}  # (labels, probs) -> maps that the critic is shown as truth
 
 def adversary(settings: Mapping, num_classes: int, in_channels: int = 3) -> Callable:
     """The engine of a run against a critic: `settings` hold the critic's name as `name`, its `options`, and what `Adversarial` takes

@@ -144,13 +144,13 @@ def timed(learners: Mapping[str, Learner], baseline: str, setting: Mapping | Non
     The weights stay as they are, the running means of norms do not: score before."""
     cpu = all(learner.device.type == "cpu" for learner in learners.values())
     clock = dict(rounds=rounds, repeats=0, machine=_Own() if cpu else None)
-    steps = [Entry("step", name, _step(learner), peer=name == baseline) for name, learner in learners.items()]
+    steps = [Entry("step", name, _step(learner)) for name, learner in learners.items()]
     model, sample = learners[baseline].averaged().eval(), next(answers(learners[baseline], learners[baseline].valid))
     ask = lambda i: model(sample.image[None].to(learners[baseline].device))
     crf = DenseCRF(len(sample.log_probs), **setting) if setting else None
-    alone = Entry("inference", "network", torch.no_grad()(ask), peer=True)
-    both = Entry("inference", "network + CRF", torch.no_grad()(lambda i: crf(ask(i).log_softmax(1).cpu(), sample.image[None])))
-    found = compare([*steps, alone, *([both] if crf else [])], **clock).metrics()["groups"]
+    ways = {"network": ask} | ({"network + CRF": lambda i: crf(ask(i).log_softmax(1).cpu(), sample.image[None])} if crf else {})
+    asked = [Entry("inference", name, torch.no_grad()(way)) for name, way in ways.items()]
+    found = compare([*steps, *asked], **clock).metrics()["groups"]
     for learner in learners.values(): learner.model.eval()
     return {group: {name: row["median_seconds"] for name, row in rows.items()} for group, rows in found.items()}
 
@@ -233,11 +233,12 @@ def rivals(profile: str, run: Run | None = None, weights: Sequence[float] = WEIG
 def causes(profile: str) -> dict[str, Run]:
     "Seg-GAN's critic without ConvCRFs, one thing changed at a time; and a critic that joins a network that is trained"
     run, usual = SIZES[profile], critic(profile)
+    means = "normalised" if profile == "gpu" else WINDOW | dict(normalization="symmetric")
     late = replace(run, start="plain", lr=run.lr/3)
     blind = {"critic": {}, "warm": dict(warmup=run.images*run.epochs//run.batch_size//2), "keen": dict(critic_updates=3),
              "fast": dict(critic_lr=1e-3), "scaled": dict(truth="scaled"), "focal": dict(form="focal"),
              "weight_0.1": dict(weight=0.1), "weight_1": dict(weight=1.0)}
-    normalised = usual | dict(options=dict(width=16, field=WINDOW | dict(normalization="symmetric")))
+    normalised = usual | dict(options=usual["options"] | dict(field=means))
     return {"plain": run, **{n: against(run, profile, crf=False, **how) for n, how in blind.items()},
             "normalised": replace(run, adversary=normalised), "longer": late, "late": against(late, profile, crf=False)}
 
@@ -251,29 +252,24 @@ def table1(profile: str) -> dict[str, Run]:
             "deeplabv3": replace(run, model="deeplabv3", options=wide | dict(output_stride=8)), "seggan": against(run, profile)}
 
 # %% ../nbs/57_duels.ipynb #eb397a2e
-CAMVID = replace(SMALL, domain="camera", data="camvid", images=None, options=dict(width=32, scales=[1], rates=[2, 4, 6, 8]), size=(120, 160), batch_size=4, epochs=8)
+CAMVID = replace(SMALL, domain="camera", data="camvid", images=None, options=dict(width=32, scales=[1], rates=[2, 4, 6, 8]), size=(120, 160), batch_size=4)
 ON_VOC = Run(model="deeplabv2", encoder="resnet101", options=dict(scales=[1]), encoder_weights="imagenet", data="voc2012_aug", size=(319, 319),
              eval_size=(513, 513), optimizer="sgd", momentum=0.9, optimizer_options=dict(nesterov=True), lr=2.5e-4, weight_decay=5e-4,
              schedule="poly", class_weights=None, freeze_norms=True, batch_size=11, epochs=round(50_000*11/VOC_IMAGES),
              augment=TILES | dict(scale=(0.5, 1.5)))  # section 4.2, from ImageNet for MS COCO
 FRAMES = replace(ON_VOC, data="camvid", size=(360, 480), eval_size=None, class_weights="sqrt", batch_size=4, epochs=100)
 
-def _with_luc(profile: str) -> dict[str, Run]: return rivals(profile) | {"luc": against(SIZES[profile], profile, name="luc_largefov")}
-
 def _sizes(variants: Callable, seeds: int = 3) -> dict[str, dict[str, Run]]:
     return {profile: seeded(variants(profile), range(1 if profile == "smoke" else seeds)) for profile in SIZES}
 
-def _real(cpu: Run, gpu: Run, weights: Sequence[float]) -> dict[str, dict[str, Run]]:
-    runs = {"smoke": SIZES["smoke"], "cpu": cpu, "gpu": gpu}
-    return _sizes(lambda profile: rivals(profile, runs[profile], weights))
-
 DUELS: dict[str, Recipe] = {r.name: r for r in [
     Recipe("scenes_seggan", "A small DeepLabv2 alone, with a CRF afterwards, against Luc's critic, and Seg-GAN's without and with ConvCRFs.",
-           _sizes(_with_luc), duel_scores),
+           _sizes(lambda p: rivals(p) | {"luc": against(SIZES[p], p, name="luc_largefov")}), duel_scores),
     Recipe("scenes_seggan_why", "What a critic's effect depends on: warm-up, updates, rate, form, truth, weight, and a trained start.",
            _sizes(causes, 2), partial(duel_scores, grid=None)),
     Recipe("scenes_seggan_table1", "Seg-GAN's table 1, narrow and under one protocol, on scenes.", _sizes(table1), partial(duel_scores, baseline="deeplabv2")),
-    Recipe("camvid_seggan", "Seg-GAN on CamVid: alone, against its critic, and that with ConvCRFs.", _real(CAMVID, FRAMES, [0.01]), partial(duel_scores, grid=None), "camvid"),
+    Recipe("camvid_seggan", "Seg-GAN on CamVid: alone, against its critic, and that with ConvCRFs.",
+           _sizes(lambda p: rivals(p, dict(cpu=CAMVID, gpu=FRAMES).get(p), [0.01])), partial(duel_scores, grid=None), "camvid"),
     Recipe("voc_seggan", "Seg-GAN's own: VOC in crops of 319, from ImageNet; the paper starts from MS COCO, which is not to be had.",
-           _real(replace(CAMVID, data="voc2012_aug", images=367), ON_VOC, WEIGHTS), partial(duel_scores, grid=[CRF_V2]), "voc2012_aug"),
+           _sizes(lambda p: rivals(p, dict(cpu=replace(CAMVID, data="voc2012_aug", images=367), gpu=ON_VOC).get(p))), partial(duel_scores, grid=[CRF_V2]), "voc2012_aug"),
 ]}
