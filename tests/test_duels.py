@@ -187,12 +187,11 @@ def test_one_thing_differs_within_a_comparison():
     assert {r.adversary["weight"] for n, r in runs.items() if n.startswith("seggan")} == set(WEIGHTS)
 
 
-@pytest.mark.parametrize("recipe, profile", sorted({(n, p) for n, p, _, _ in EVERY}))
-def test_every_network_and_every_critic_can_be_built(recipe, profile):
-    for run in {str(r.adversary) + r.model: r for r in DUELS[recipe].profiles[profile].values()}.values():
-        with torch.device("meta"):
-            assert create_model(run.model, 11, encoder=run.encoder, **run.options).num_classes == 11
-            if run.adversary: adversary(run.adversary, 11)
+def test_every_network_and_every_critic_can_be_built():
+    with torch.device("meta"):
+        for model, encoder, options in {(r.model, r.encoder, json.dumps(dict(r.options))) for *_, r in EVERY}:
+            assert create_model(model, 11, encoder=encoder, **json.loads(options)).num_classes == 11
+        for settings in {json.dumps(dict(r.adversary)) for *_, r in EVERY if r.adversary}: adversary(json.loads(settings), 11)
 
 
 def test_voc_is_as_the_paper_says():
