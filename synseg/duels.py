@@ -104,8 +104,7 @@ def verdict(difference: Mapping | None) -> str:
     points = f"{100*difference['mean']:+.1f}"
     if difference["low"] is None: return f"{points} points in one seed: nothing follows"
     text = f"{points} points ({100*difference['low']:+.1f} to {100*difference['high']:+.1f}, {difference['n']} seeds)"
-    if difference["low"] > 0: return "helps: " + text
-    return ("harms: " if difference["high"] < 0 else "cannot be told from nothing: ") + text
+    return ("helps: " if difference["low"] > 0 else "harms: " if difference["high"] < 0 else "cannot be told from nothing: ") + text
 
 # %% ../nbs/57_duels.ipynb #812d9645
 @torch.no_grad()
@@ -143,14 +142,13 @@ def timed(learners: Mapping[str, Learner], baseline: str, setting: Mapping | Non
 
     The weights stay as they are, the running means of norms do not: score before."""
     cpu = all(learner.device.type == "cpu" for learner in learners.values())
-    clock = dict(rounds=rounds, repeats=0, machine=_Own() if cpu else None)
     steps = [Entry("step", name, _step(learner)) for name, learner in learners.items()]
     model, sample = learners[baseline].averaged().eval(), next(answers(learners[baseline], learners[baseline].valid))
     ask = lambda i: model(sample.image[None].to(learners[baseline].device))
     crf = DenseCRF(len(sample.log_probs), **setting) if setting else None
     ways = {"network": ask} | ({"network + CRF": lambda i: crf(ask(i).log_softmax(1).cpu(), sample.image[None])} if crf else {})
     asked = [Entry("inference", name, torch.no_grad()(way)) for name, way in ways.items()]
-    found = compare([*steps, *asked], **clock).metrics()["groups"]
+    found = compare([*steps, *asked], rounds, repeats=0, machine=_Own() if cpu else None).metrics()["groups"]
     for learner in learners.values(): learner.model.eval()
     return {group: {name: row["median_seconds"] for name, row in rows.items()} for group, rows in found.items()}
 
@@ -231,16 +229,16 @@ def rivals(profile: str, run: Run | None = None, weights: Sequence[float] = WEIG
     return {"plain": run, "critic": against(run, profile, crf=False), **{f"seggan_{w:g}": against(run, profile, weight=w) for w in weights}}
 
 def causes(profile: str) -> dict[str, Run]:
-    "Seg-GAN's critic without ConvCRFs, one thing changed at a time; and a critic that joins a network that is trained"
-    run, usual = SIZES[profile], critic(profile)
-    means = "normalised" if profile == "gpu" else WINDOW | dict(normalization="symmetric")
-    late = replace(run, start="plain", lr=run.lr/3)
+    "Seg-GAN's critic without ConvCRFs, then with them, one thing changed at a time; and a critic that joins a network that is trained"
+    run, usual, late = SIZES[profile], critic(profile), replace(SIZES[profile], start="plain", lr=SIZES[profile].lr/3)
     blind = {"critic": {}, "warm": dict(warmup=run.images*run.epochs//run.batch_size//2), "keen": dict(critic_updates=3),
              "fast": dict(critic_lr=1e-3), "scaled": dict(truth="scaled"), "focal": dict(form="focal"),
              "weight_0.1": dict(weight=0.1), "weight_1": dict(weight=1.0)}
-    normalised = usual | dict(options=usual["options"] | dict(field=means))
+    fields = {"one_field": dict(cascades=1), "means": dict(field="normalised" if profile == "gpu" else WINDOW | dict(normalization="symmetric"))}
     return {"plain": run, **{n: against(run, profile, crf=False, **how) for n, how in blind.items()},
-            "normalised": replace(run, adversary=normalised), "longer": late, "late": against(late, profile, crf=False)}
+            "fields_fast": against(run, profile, critic_lr=1e-3),
+            **{n: replace(run, adversary=usual | dict(options=usual["options"] | changed)) for n, changed in fields.items()},
+            "longer": late, "late": against(late, profile, crf=False)}
 
 def table1(profile: str) -> dict[str, Run]:
     "The rows of the paper's table 1 under one protocol: as many pictures, one optimiser; VGGs without norms at a third of the rate"
