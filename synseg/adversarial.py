@@ -53,11 +53,8 @@ def known(maps: Tensor, labels: Tensor) -> Tensor:
     return maps*(labels != VOID)[:, None].to(maps)
 
 # %% ../nbs/69_adversarial.ipynb #2976a8ba
-class Duel(Engine):
-    """An engine with a second network, the critic, its own optimiser, and the figures that both report.
-
-    `critic_optimizer`: from the critic's parameters to a torch optimiser; its rate follows the same schedule. Updates of the
-    critic are `learn_critic(loss, factor)`; figures go through `note` into the rows of metrics.jsonl as means over an epoch."""
+class _Learning(Engine):
+    "The critic, its optimiser, its step"
     def __init__(self, *parts, critic: nn.Module, critic_optimizer: Callable | None = None, critic_lr: float = 1e-4,
                  betas: tuple[float, float] = (0.9, 0.999), form: str = "bce", **more):
         super().__init__(*parts, **more)
@@ -85,6 +82,12 @@ class Duel(Engine):
             torch.manual_seed(torch.initial_seed() + self.updates)
             yield
 
+# %% ../nbs/69_adversarial.ipynb #a449c908
+class Duel(_Learning):
+    """An engine with a second network, the critic, its own optimiser, and the figures that both report.
+
+    `critic_optimizer`: from the critic's parameters to a torch optimiser; its rate follows the same schedule. Updates of the
+    critic are `learn_critic(loss, factor)`; figures go through `note` into the rows of metrics.jsonl as means over an epoch."""
     def note(self, **figures: Tensor) -> None:
         "Add to the epoch's figures; the sums stay on the device, so that a GPU is not waited for"
         for name, value in figures.items():
@@ -110,13 +113,8 @@ class Duel(Engine):
             raise ValueError(f"the checkpoint is of another critic, or of a run without one: {error}") from error
 
 # %% ../nbs/69_adversarial.ipynb #1d077b18
-class Adversarial(Duel):
-    """Segmentation against a critic (Luc et al. 2016, eq. 1-4; Zhao et al., Seg-GAN, eq. 1-4): the model minimises its loss plus
-    `weight` times -log D(S(x)), then the critic -log D(truth) - log(1 - D(S(x))).
-
-    `critic(images (N, C, H, W), maps (N, K, H, W))` gives logits (N, 1) or (N, 1, h, w) of "this is a truth". `truth(labels,
-    probs)` makes the maps of a truth. The term counts after `warmup` updates; the critic learns from the first. Where several
-    batches make an update, the critic too learns from all of them at once, `critic_updates` times."""
+class _Answering(Duel):
+    "The model's side of the game: what it minimises, and what the critic will learn from"
     def __init__(self, *parts, weight: float = 0.01, warmup: int = 0, critic_updates: int = 1, truth: Callable = one_hot, **more):
         super().__init__(*parts, **more)
         for name, value in dict(weight=weight, warmup=warmup, critic_updates=critic_updates).items():
@@ -137,6 +135,14 @@ class Adversarial(Duel):
         self.note(adversarial=term)
         return loss + self.weight*term
 
+# %% ../nbs/69_adversarial.ipynb #77e828a9
+class Adversarial(_Answering):
+    """Segmentation against a critic (Luc et al. 2016, eq. 1-4; Zhao et al., Seg-GAN, eq. 1-4): the model minimises its loss plus
+    `weight` times -log D(S(x)), then the critic -log D(truth) - log(1 - D(S(x))).
+
+    `critic(images (N, C, H, W), maps (N, K, H, W))` gives logits (N, 1) or (N, 1, h, w) of "this is a truth". `truth(labels,
+    probs)` makes the maps of a truth. The term counts after `warmup` updates; the critic learns from the first. Where several
+    batches make an update, the critic too learns from all of them at once, `critic_updates` times."""
     def step(self, factor: float, images: Tensor, labels: Tensor, *extra: Tensor, check: Callable | None = None) -> Tensor:
         "An update of the model, then `critic_updates` of the critic on the answers that the model gave"
         loss = super().step(factor, images, labels, *extra, check=check)

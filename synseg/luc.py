@@ -15,13 +15,14 @@ from .core import VOID
 from .segmenter import ModelEntry, ModelInfo, check_image
 from .unet import he_init
 
-# %% ../nbs/70_luc.ipynb #d698713d
+# %% ../nbs/70_luc.ipynb #31422c5c
 INPUTS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {  # of images (N, C, H, W) and maps (N, K, H, W)
     "basic": lambda images, maps: maps,  # (N, K, H, W): the labels alone
     "product": lambda images, maps: (maps[:, :, None]*images[:, None]).flatten(1, 2),  # (N, K*C, H, W): K images, cut out by their class
     "both": lambda images, maps: torch.cat([maps, images], 1),  # (N, K + C, H, W)
 }
 
+# %% ../nbs/70_luc.ipynb #3107d8a9
 def scaled_truth(labels: Tensor, probs: Tensor, tau: float = 0.9) -> Tensor:
     """Of all maps that give the true class at least `tau`, those nearest to the answer `probs` (N, K, H, W) in the sense of
     Kullback and Leibler: the true class becomes max(tau, its probability), what is left is shared as the answer shares it
@@ -33,12 +34,13 @@ def scaled_truth(labels: Tensor, probs: Tensor, tau: float = 0.9) -> Tensor:
     left = (1 - true)/(1 - said).clamp(min=torch.finfo(probs.dtype).tiny)  # where said is 1, nothing is left to share
     return (probs*left).scatter(1, index, true)*known
 
-# %% ../nbs/70_luc.ipynb #28144ac7
+# %% ../nbs/70_luc.ipynb #22b29f7b
 def every(maps: Tensor, step: int) -> Tensor:
     "The pixel in the middle of each square of `step` by `step`: (N, C, H // step, W // step). Truths stay one-hot; averages would not"
     h, w = (n//step for n in maps.shape[-2:])
     return maps[..., step//2::step, step//2::step][..., :h, :w]
 
+# %% ../nbs/70_luc.ipynb #49a970ed
 def check_pair(images: Tensor, maps: Tensor, in_channels: int, num_classes: int, name: str) -> None:
     "ValueError in plain words unless images and maps are what critic `name` was built for, of one size and at least 64x64"
     check_image(images, in_channels, 64, name)
@@ -136,5 +138,5 @@ CRITICS: dict[str, ModelEntry] = {e.info.name: e for e in [
     _entry("luc_smallfov", 21, 1_609_090, _field("small", False), *_SHARED),
     _entry("luc_smallfov_light", 21, 526_722, _field("small", True), *_SHARED),
     _entry("luc_two_branch", 8, 1_671_874, TwoBranch,
-           "labels at a quarter are every fourth pixel of maps at the image's size", *_SHARED[1:2], "He's initialisation"),
+           "labels at a quarter are every fourth pixel of maps at the image's size; they meet the image behind its second pooling", *_SHARED[1:2], "He's initialisation"),
 ]}
