@@ -48,6 +48,23 @@ def _settings(field: str | Mapping) -> dict:
     return FIELDS[field]
 
 # %% ../nbs/71_seggan.ipynb #69c697ce
+def _check_options(kernel: int, crf: str | None, cascades: int, **counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+    if kernel not in (3, 4): raise ValueError(f"kernel is {kernel}; choose 3 (Seg-GAN) or 4 (Hung et al.)")
+    if crf not in ("input", "hidden", None): raise ValueError(f"crf is {crf!r}; choose 'input', 'hidden' or None")
+    if crf and cascades < 1: raise ValueError(f"cascades is {cascades}; expected at least 1, or crf=None for a critic without a CRF")
+    if crf == "hidden" and cascades > 4: raise ValueError(f"cascades is {cascades}; there are 4 hidden convolutions")
+
+def _check_maps(maps: Tensor, wanted: tuple[int, ...]) -> None:
+    if maps.shape != wanted or not maps.is_floating_point():
+        raise ValueError(f"maps are {tuple(maps.shape)} {maps.dtype}; expected {wanted}, floating point: a softmax of the model's logits, "
+                         "or the labels as one-hot maps")
+
+def _stage(c_in: int, c_out: int, kernel: int, norm: bool) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, 2, 1), *([nn.BatchNorm2d(c_out)] if norm else []), nn.LeakyReLU(0.2))
+
+# %% ../nbs/71_seggan.ipynb #792f0fc2
 class ConvCritic(nn.Module):
     """A fully convolutional critic (Hung et al. 2018, section 3.2; Zhao et al., section 3.2): images (N, C, H, W) in [0, 1] and maps
     (N, K, H, W), softmax or one-hot -> logits (N, 1, H, W) of "here this is a truth".
@@ -59,11 +76,7 @@ class ConvCritic(nn.Module):
     def __init__(self, num_classes: int, in_channels: int = 3, *, kernel: int = 3, width: int = 64, crf: str | None = "input",
                  cascades: int = 4, learn: bool = False, field: str | Mapping = "published", batch_norm: bool = False):
         super().__init__()
-        for name, value in dict(num_classes=num_classes, in_channels=in_channels, width=width).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
-        if kernel not in (3, 4): raise ValueError(f"kernel is {kernel}; choose 3 (Seg-GAN) or 4 (Hung et al.)")
-        if crf not in ("input", "hidden", None): raise ValueError(f"crf is {crf!r}; choose 'input', 'hidden' or None")
-        if crf == "hidden" and cascades > 4: raise ValueError(f"cascades is {cascades}; there are 4 hidden convolutions")
+        _check_options(kernel, crf, cascades, num_classes=num_classes, in_channels=in_channels, width=width)
         self.num_classes, self.in_channels, self.smallest = num_classes, in_channels, 32 if kernel == 4 else 1
         channels = [num_classes, *(width * 2**i for i in range(4))]
         self.cascade = Cascade(num_classes, cascades, learn, field) if crf == "input" else None
@@ -79,7 +92,8 @@ class ConvCritic(nn.Module):
 
     def verdicts(self, images: Tensor, maps: Tensor) -> Tensor:
         "Logits at the critic's own resolution, (N, 1, H/32, W/32), rounded up for kernels of 3 and down for kernels of 4"
-        self.check(images, maps)
+        check_image(images, self.in_channels, self.smallest, type(self).__name__)
+        _check_maps(maps, (len(images), self.num_classes, *images.shape[-2:]))
         x = self.judged(images, maps)
         for i, stage in enumerate(self.hidden):
             x = stage(x)
@@ -88,16 +102,6 @@ class ConvCritic(nn.Module):
 
     def forward(self, images: Tensor, maps: Tensor) -> Tensor:
         return F.interpolate(self.verdicts(images, maps), maps.shape[-2:], mode="bilinear", align_corners=False)
-
-    def check(self, images: Tensor, maps: Tensor) -> None:
-        check_image(images, self.in_channels, self.smallest, type(self).__name__)
-        wanted = (len(images), self.num_classes, *images.shape[-2:])
-        if maps.shape != wanted or not maps.is_floating_point():
-            raise ValueError(f"maps are {tuple(maps.shape)} {maps.dtype}; expected {wanted}, floating point: a softmax of the model's logits, "
-                             "or the labels as one-hot maps")
-
-def _stage(c_in: int, c_out: int, kernel: int, norm: bool) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, 2, 1), *([nn.BatchNorm2d(c_out)] if norm else []), nn.LeakyReLU(0.2))
 
 # %% ../nbs/71_seggan.ipynb #39bfe3f9
 def seggan_critic(num_classes: int, in_channels: int = 3, *, width: int = 64, crf: str | None = "input", cascades: int = 4,
