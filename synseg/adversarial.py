@@ -6,7 +6,8 @@
 __all__ = ['FORMS', 'verdict_loss', 'bystander', 'Duel', 'one_hot', 'known', 'Adversarial']
 
 # %% ../nbs/69_adversarial.ipynb #4569e513
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,12 +26,14 @@ FORMS: Mapping[str, Callable[[Tensor, float], Tensor]] = {  # of a logit and +1 
 def verdict_loss(logits: Tensor, real: bool, form: str = "bce", mask: Tensor | None = None) -> Tensor:
     """Mean over all cells of -log D where the verdict should be real and of -log(1 - D) where it should not, D = sigmoid(logits).
 
-    logits (N, 1) or (N, 1, H, W). `mask` (N, H, W): the cells that count, where it has the logits' size. 'focal' weighs each
-    cell by its error squared, 'least_squares' is that of the logits to 1 and 0."""
+    logits (N, 1) or (N, 1, h, w). `mask` (N, H, W) bool, the pixels that count: a cell counts by its share of them, a verdict on
+    a whole image if there is one, and without any the loss is 0. 'focal' weighs each cell by its error squared (gamma = 2),
+    'least_squares' is the squared distance of the logits from 1 and 0."""
     losses = FORMS[form](logits, 1.0 if real else -1.0)
-    if mask is None or logits.ndim == 2: return losses.mean()
-    keep = mask[:, None].to(losses)
-    return (losses*keep).sum()/keep.sum().clamp(min=1)
+    if mask is None: return losses.mean()
+    if logits.ndim == 2: keep = mask.flatten(1).any(1, keepdim=True).to(losses)
+    else: keep = F.adaptive_avg_pool2d(mask[:, None].to(losses), losses.shape[-2:])
+    return (losses*keep).sum()/torch.where(keep.sum() > 0, keep.sum(), 1)
 
 # %% ../nbs/69_adversarial.ipynb #b54f1262
 def bystander(module: nn.Module) -> Callable[..., Tensor]:
@@ -59,31 +62,39 @@ class Duel(Engine):
         "float32 logits of `critic`: the critic's network, or a bystander of it"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16): return critic(*inputs).float()
 
-    def learn_critic(self, loss: Tensor, factor: float) -> None:
-        "One update of the critic"
-        self.descend(loss, self.critic_optimizer, factor, self.critic_net)
+    def learn_critic(self, loss: Tensor, factor: float, last: bool = True) -> None:
+        "The gradient of `loss` for the critic and, where this is the `last` part of what it is to learn, one update"
+        if last: self.descend(loss, self.critic_optimizer, factor, self.critic_net)
+        else: self.accelerator.backward(loss)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        "Inside, random numbers come from a stream that the count of updates starts; the model's own draws stay what they were"
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(torch.initial_seed() + self.updates)
+            yield
 
     def note(self, **figures: Tensor) -> None:
-        "Add to the epoch's figures"
+        "Add to the epoch's figures; the sums stay on the device, so that a GPU is not waited for"
         for name, value in figures.items():
             total, n = self._sums.get(name, (0.0, 0))
-            self._sums[name] = total + value.detach().double().cpu(), n + 1
+            self._sums[name] = total + value.detach().double(), n + 1
 
     def report(self) -> dict:
-        found = {name: float(total/n) for name, (total, n) in self._sums.items()}
+        found = {name: float(total)/n for name, (total, n) in self._sums.items()}
         self._sums = {}
         return found
 
     def state(self) -> dict:
         return super().state() | dict(critic=self.critic.state_dict(), critic_optimizer=self.critic_optimizer.state_dict(),
-                                      updates=self.updates, sums=dict(self._sums))
+                                      updates=self.updates, sums={k: [float(total), n] for k, (total, n) in self._sums.items()})
 
     def load_state(self, state: dict) -> None:
         super().load_state(state)
         try:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-            self.updates, self._sums = state["updates"], dict(state["sums"])
+            self.updates, self._sums = state["updates"], {k: tuple(v) for k, v in state["sums"].items()}
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"the checkpoint is of another critic, or of a run without one: {error}") from error
 
@@ -102,37 +113,45 @@ class Adversarial(Duel):
     """Segmentation against a critic (Luc et al. 2016, eq. 1-4; Zhao et al., Seg-GAN, eq. 1-4): the model minimises its loss plus
     `weight` times -log D(S(x)), then the critic -log D(truth) - log(1 - D(S(x))).
 
-    `critic(images (N, 3, H, W), maps (N, K, H, W))` gives logits (N, 1) or (N, 1, H, W) of "this is a truth". `truth(labels,
-    probs)` makes the maps of a truth. The term counts after `warmup` updates; the critic learns from the first."""
+    `critic(images (N, C, H, W), maps (N, K, H, W))` gives logits (N, 1) or (N, 1, h, w) of "this is a truth". `truth(labels,
+    probs)` makes the maps of a truth. The term counts after `warmup` updates; the critic learns from the first. Where several
+    batches make an update, the critic too learns from all of them at once, `critic_updates` times."""
     def __init__(self, *parts, weight: float = 0.01, warmup: int = 0, critic_updates: int = 1, truth: Callable = one_hot, **more):
         super().__init__(*parts, **more)
-        if not weight >= 0: raise ValueError(f"weight is {weight}; the share of the adversarial term must be 0 or more")
-        self.weight, self.warmup, self.critic_updates, self.truth = weight, warmup, critic_updates, truth
-        self.settings = self.settings | dict(weight=weight, warmup=warmup, critic_updates=critic_updates)
-
-    def verdict(self, logits: Tensor, real: bool, labels: Tensor) -> Tensor:
-        mask = (labels != VOID) if logits.shape[-2:] == labels.shape[-2:] else None
-        return verdict_loss(logits, real, self.form, mask)
+        for name, value in dict(weight=weight, warmup=warmup, critic_updates=critic_updates).items():
+            if not value >= 0: raise ValueError(f"{name} is {value}; it must be 0 or more")
+        self.weight, self.warmup, self.critic_updates, self.truth, self._seen = weight, warmup, critic_updates, truth, []
+        self.settings = self.settings | dict(weight=weight, warmup=warmup, critic_updates=critic_updates,
+                                             truth=getattr(truth, "__name__", type(truth).__name__))
 
     def loss_of(self, images: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
         logits, aux = self.outputs(images)
-        loss, probs = self.supervised(logits, aux, labels, *extra), known(logits.softmax(1), labels)
-        self._seen = images, probs.detach(), labels
+        loss = self.supervised(logits, aux, labels, *extra)
+        self.note(supervised=loss)
+        if m := getattr(self.model, "margin", 0): images, labels = images[..., m:-m, m:-m], labels[..., m:-m, m:-m]
+        probs = known(logits.softmax(1), labels)
+        self._answer = images, probs.detach(), labels
         if self.weight == 0 or self.updates < self.warmup: return loss
-        term = self.verdict(self.judge(bystander(self.critic), images, probs), True, labels)
-        self.note(supervised=loss, adversarial=term)
+        term = verdict_loss(self.judge(bystander(self.critic), images, probs), True, self.form, labels != VOID)
+        self.note(adversarial=term)
         return loss + self.weight*term
 
     def step(self, factor: float, images: Tensor, labels: Tensor, *extra: Tensor, check: Callable | None = None) -> Tensor:
-        "An update of the model, then `critic_updates` of the critic on the same answers"
+        "An update of the model, then `critic_updates` of the critic on the answers that the model gave"
         loss = super().step(factor, images, labels, *extra, check=check)
-        for _ in range(self.critic_updates): self.critic_step(factor)
-        self.updates += 1
+        self._seen.append(self._answer)
+        if not self.updated: return loss
+        with self.aside():
+            for _ in range(self.critic_updates): self.critic_step(factor, check)
+        self.updates, self._seen, self._answer = self.updates + 1, [], None
         return loss
 
-    def critic_step(self, factor: float) -> None:
-        images, fake, labels = self._seen
-        real = self.judge(self.critic_net, images, self.truth(labels, fake))
-        said = self.judge(self.critic_net, images, fake)
-        self.learn_critic(self.verdict(real, True, labels) + self.verdict(said, False, labels), factor)
-        self.note(critic_real=self.verdict(real, True, labels), critic_fake=self.verdict(said, False, labels))
+    def critic_step(self, factor: float, check: Callable | None = None) -> None:
+        "One update of the critic; truths and answers go through it one after the other, so that one graph is held at a time"
+        for i, (images, fake, labels) in enumerate(self._seen, 1):
+            for name, real in dict(critic_real=True, critic_fake=False).items():
+                logits = self.judge(self.critic_net, images, self.truth(labels, fake) if real else fake)
+                loss = verdict_loss(logits, real, self.form, labels != VOID)
+                self.note(**{name: loss})
+                if check: check(loss.detach())
+                self.learn_critic(loss, factor, last=not real and i == len(self._seen))
