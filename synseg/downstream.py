@@ -56,7 +56,7 @@ def trainings(scale: Scale, seed: int = 0) -> dict[str, Run]:
             n = dict(real=scale.real, combined=4*m).get(kind, scale.synthetic)
             run = replace(own, data="folder", valid="test", size=scale.size, epochs=max(1, round(scale.epochs*scale.synthetic/n)), seed=seed)
             if kind == "augmented": run = replace(run, augment=STRONG)
-            if kind == "combined": run = replace(run, start=f"{net}-colours", lr=own.lr/3)
+            if kind == "combined": run = replace(run, start=f"{net}-colours", lr=own.lr/3, augment=dict(jitter=0.5))
             found[f"{net}-{kind}"] = run
     return found
 
@@ -250,23 +250,40 @@ def _painters(width, critic_width, every, steps, pretrain, batch, size, **change
 
 _NARROW = {"unet": Run(model="unet_small", batch_size=8), "deeplab": Run(model="deeplabv3plus", encoder="resnet18", batch_size=8, lr=1e-3, options={"width": 16})}
 
+# %% ../nbs/76_downstream.ipynb #183dbc75
+def _painters(size: tuple[int, int], width: int, critic_width: int, every: int, leash: float = 1.0, **changed) -> dict[str, Painting]:
+    """Both refiners at one width and length. Each keeps its paper's pre-training and weights, the weight of what must stay times
+    `leash`: with the published ones a narrow refiner swings from tint to tint in the few updates of a short schedule."""
+    make = lambda plan: Painting(replace(plan.at(size), beta=plan.at(size).beta*leash, **changed), width, critic_width, every=every,
+                                 **(dict(first_rate=5.0, settle=0.5) if changed else {}))
+    return dict(simgan=make(SIMGAN), ours=make(OURS))
+
+_NETS = {"unet": Run(model="unet_small", batch_size=8),
+         "deeplab": Run(model="deeplabv3plus", encoder="resnet18", batch_size=8, lr=1e-3, options={"width": 16})}
+_WIDE = {"unet": Run(model="unet", batch_size=8, lr=3e-4, options={"norm": True}), "deeplab": Run(model="deeplabv3plus", encoder="resnet50", batch_size=8, lr=3e-4)}
+
 def _smoke() -> Scale:
-    size = (64, 96)
-    run = lambda run, width: replace(run, batch_size=4, options={"width": width})
-    return Scale(size, 8, 8, 4, 1, _painters(4, 12, 6, 2, (4, 2), 2, size), dict(unet=run(_NARROW["unet"], 8), deeplab=run(_NARROW["deeplab"], 8)))
+    tiny = {n: replace(run, batch_size=4, options={"width": 8}) for n, run in _NETS.items()}
+    return Scale((64, 96), 8, 8, 4, 1, _painters((64, 96), 4, 12, 6, 20, pretrain=(4, 2), steps=4, batch=2, buffer=8), tiny)
 
-def _study(name: str, about: str, sources: Mapping[str, Source], cpu: Scale, gpu: Scale, needs: str | None = None, crop=None) -> Study:
+def _cpu(size: tuple[int, int], real: int) -> Scale:
+    painters = _painters(size, 16, 24, 60, 20, pretrain=(120, 60), steps=100, batch=4, buffer=200, lr=2e-4)
+    return Scale(size, 912, real, 200, 4, painters, _NETS)
+
+def _gpu(size: tuple[int, int], synthetic: int, real: int, epochs: int) -> Scale:
+    "The papers' refiners at full width and length"
+    return Scale(size, synthetic, real, 200, epochs, _painters(size, 64, 96, 200), _WIDE, ("unet", "deeplab"))
+
+def _study(name: str, about: str, synthetic: Source, real: Source, cpu: Scale, gpu: Scale, needs: str | None = None, crop=None) -> Study:
     scales = dict(smoke=_smoke(), cpu=cpu, gpu=gpu)
-    return Study(name, about, {p: trainings(s) for p, s in scales.items()}, figures, needs, scales, sources, crop)
+    return Study(name, about, {p: trainings(s) for p, s in scales.items()}, figures, needs, scales, dict(synthetic=synthetic, real=real), crop)
 
-_SMALL = (96, 128)
-_CPU = Scale(_SMALL, 912, 912, 200, 4, _painters(16, 24, 60, 120, (120, 60), 4, _SMALL), _NARROW)
-
+_DRAWN = partial(drawn, "synthetic")
 STUDIES: dict[str, Study] = {s.name: s for s in [
     _study("refiner-scenes2camera", "The study's tables on data that everyone has: scenes as drawn, refined, and as a camera takes them.",
-           dict(synthetic=partial(drawn, "synthetic"), real=partial(drawn, "camera")), _CPU, _CPU),
-    _study("refiner-scenes2camvid", "The study's tables with real photographs: drawn scenes, refined, and CamVid.",
-           dict(synthetic=partial(drawn, "synthetic"), real=camvid), replace(_CPU, real=305), _CPU, "camvid"),
-    _study("refiner-gta2cityscapes", "The study's own: GTA-V, refined, and Cityscapes, cut out as there.",
-           dict(synthetic=partial(city, "gta5", "val"), real=partial(city, "cityscapes", "val")), _CPU, _CPU, "gta5 and cityscapes, side by side", CROP),
+           _DRAWN, partial(drawn, "camera"), _cpu((96, 128), 912), _gpu((192, 256), 4000, 4000, 20)),
+    _study("refiner-scenes2camvid", "The study's tables with real photographs: drawn scenes, refined, and CamVid, whose dusk is never trained on.",
+           _DRAWN, camvid, _cpu((96, 128), 305), _gpu((192, 256), 4000, 305, 20), "camvid"),
+    _study("refiner-gta2cityscapes", "The study's own: GTA-V, refined, and Cityscapes, cut out as there.", partial(city, "gta5", "val"),
+           partial(city, "cityscapes", "val"), _cpu((80, 160), 912), _gpu((160, 320), 12_000, 2975, 10), "gta5 and cityscapes, side by side", CROP),
 ]}

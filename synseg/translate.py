@@ -25,7 +25,6 @@ from .core import VOID, seed_everything, write_json
 from .realism import Features, frechet_distance, ssim
 from .refiner import Refinement, choose_step, grey_levels, study_critic, study_refiner
 from .runstate import save_weights
-from .schedules import constant
 from .simgan import HistoryBuffer, Refiner
 from .train import Learner
 from .unpaired import Refining, Unpaired
@@ -103,6 +102,8 @@ class Painting:
     width: int = 64
     critic_width: int | None = None
     skip: bool = False  # paint a difference, beginning with none: see Refiner
+    first_rate: float = 1.0  # the refiner pre-trains at so many times its rate: short schedules need that
+    settle: float = 0.0  # no step of this first share of full training is chosen: in short schedules the critic has just begun
     every: int = 100
     seed: int = 0
 
@@ -112,6 +113,10 @@ class Painting:
                              f"whole multiples of every={self.every}, so that each look sees one phase")
 
     def network(self) -> Refiner: return study_refiner(width=self.width, skip=self.skip)
+
+    def schedule(self, epochs: int, batches: int) -> Callable[[float], float]:
+        "Rate by the share of `epochs` of so many batches that is done: `first_rate` as long as the refiner pre-trains, then 1"
+        return lambda done: self.first_rate if round(done*epochs*batches) < self.settings.pretrain[0] else 1.0
 
 def nearness(synthetic: Tensor, real: Tensor, features: Features) -> Callable[[Tensor], dict]:
     """Measures of what became of `synthetic` (N, 3, H, W uint8): distance of its features to those of `real` (M, 3, H, W uint8), SSIM with
@@ -163,12 +168,15 @@ def train_refiner(painting: Painting, synthetic: Dataset, real: Dataset, out: st
     engine = partial(Refining, critic=critic, first_loss=first, buffer=HistoryBuffer(s.buffer), **s.engine())
     follow = Follow(out, painting.every, s.updates(), measure)
     trainer = Learner(model, Unpaired(synthetic, real, painting.seed), loss=grey_levels, optimizer=lambda m: torch.optim.Adam(m.parameters(), s.lr),
-                      schedule=constant(), batch_size=s.batch, seed=painting.seed, out=out, engine=engine, class_weights=None,
-                      save_every=painting.every, callbacks=[follow], **learner)
+                      batch_size=s.batch, seed=painting.seed, out=out, engine=engine, class_weights=None, save_every=painting.every,
+                      callbacks=[follow], **learner)
+    epochs = math.ceil(s.updates()/len(trainer.loader)) + 1  # more than needed: the callback ends it to the update
+    trainer.schedule = painting.schedule(epochs, len(trainer.loader))
     if (out / "state.pt").is_file(): trainer.resume(out)
-    if trainer.engine.updates < s.updates(): trainer.fit(math.ceil(s.updates()/len(trainer.loader)) + 1)
+    if trainer.engine.updates < s.updates(): trainer.fit(epochs)
     rows, begin = follow.log.rows or read_rows(follow.log.path), sum(s.pretrain)
-    found = dict(step=choose_step([r for r in rows if r["step"] > begin]), pretrained=begin, rows=rows,
+    settled = begin + painting.settle*(s.updates() - begin)
+    found = dict(step=choose_step([r for r in rows if r["step"] > settled]), pretrained=begin, rows=rows,
                  seconds=round(trainer.progress.elapsed(), 1), settings=asdict(painting))
     write_json(out / "chosen.json", found)
     return found
