@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'NAMES', 'PUBLISHED', 'PUBLISHED_NEAR', 'STYLE', 'COLOURS', 'TESTS', 'interval', 'closed', 'scores',
            'shares', 'preserved', 'figures', 'apart', 'verdict', 'number', 'tabulated', 'drawing', 'study_tables',
-           'near_table', 'curve_drawings', 'write_page']
+           'near_table', 'curve_drawings', 'lead', 'notes', 'write_page']
 
 # %% ../nbs/38_page.ipynb #93dd407a
 import html, math
@@ -177,15 +177,32 @@ def curve_drawings(rows: Mapping[str, Sequence[Mapping]]) -> str:
     line = lambda kind, key: [(r["step"], r[key]) for r in rows[kind] if r.get(key) is not None]
     return "".join(drawing(title, {NAMES[k]: line(k, key) for k in rows}) for key, title in titles.items())
 
-def write_page(path: str | Path, title: str, lead: Sequence[str], found: Mapping, column: str, notes: Sequence[str], pictures: Mapping[str, str]) -> Path:
-    "index.html of a study; `pictures`: {file beside it: what it shows, in words}"
-    e = html.escape
-    tables = study_tables(found)
-    said = [s for net in found["tables"] for s in verdict(found, net)]
+def lead(about: str, facts: Mapping, seeds: int) -> list[str]:
+    "What was done, in a few sentences"
+    said = [about, "Profile {profile}: {size[0]}x{size[1]} pictures, {synthetic} synthetic and {real} real ones to train with, {tests} real ones to test on; ".format(**facts)
+            + (f"{seeds} seeds, intervals of 95% over them." if seeds > 1 else "one seed, which shows what happened once and not what to expect.")]
+    return said + (["The schedule is much shorter, and the networks are narrower, than the study's: --profile gpu has its own."] if facts["profile"] != "gpu" else [])
+
+def notes(name: str, facts: Mapping, found: Mapping) -> list[str]:
+    "How it was made, and how to go on"
+    steps = "; ".join(", ".join(f"{k} {n}" for k, n in s.items()) for s in found["steps"])
+    return ["Refiners: width {width}, {updates} updates of either network. ".format(**facts) + f"The study's rule chose the weights after these updates: {steps}.",
+            "All networks see equally many pictures; the best combination goes on from the recoloured ones and sees half as many again.",
+            "Labels of real pictures are used by the row 'real' alone; test pictures by nobody.",
+            f"Features: {facts['features']}. A distance is FID only where its column says so.", f"All trainings took {found['minutes']} minutes.",
+            f"To go on: synseg recipe run {name} --profile {facts['profile']} --seeds {found['seeds'] + 2}, with the same --out; what is done is not done again."]
+
+def write_page(path: str | Path, name: str, about: str, facts: Mapping, found: Mapping, column: str, pictures: Mapping[str, str]) -> Path:
+    """index.html of a study. `facts`: profile, size, synthetic, real, tests, width, updates, features; `column`: what a distance by these
+    features may be called; `pictures`: {file beside the page: what it shows, in words}."""
+    e, tables, title = html.escape, study_tables(found), f"{name}: does a refined picture teach more?"
+    items = lambda sentences: f"<ul>{''.join(f'<li>{e(s)}</li>' for s in sentences)}</ul>"
     shown = "".join(f'<figure><img src="{e(f)}" alt="{e(text)}"><figcaption>{e(text)}</figcaption></figure>' for f, text in pictures.items())
-    parts = [f"<h1>{e(title)}</h1>", *(f"<p>{e(p)}</p>" for p in lead), tables[0], "<h2>What it says</h2><ul>", *(f"<li>{e(s)}</li>" for s in said), "</ul>",
-             "<h2>Segmentation</h2>", *tables[1:-1], "<h2>Nearness</h2>", near_table(found, column), "<h2>While the refiners were trained</h2>",
-             curve_drawings(found["curves"][0]), "<h2>Labels</h2>", tables[-1], "<h2>Pictures</h2>", shown, "<h2>How it was made</h2><ul>", *(f"<li>{e(n)}</li>" for n in notes), "</ul>"]
-    text = f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{e(title)}</title><style>{STYLE}</style><main>{"".join(parts)}</main></html>'
+    parts = [f"<h1>{e(title)}</h1>", *(f"<p>{e(p)}</p>" for p in lead(about, facts, found["seeds"])), tables[0],
+             "<h2>What it says</h2>", items(s for net in found["tables"] for s in verdict(found, net)), "<h2>Segmentation</h2>", *tables[1:-1],
+             "<h2>Nearness</h2>", near_table(found, column), "<h2>While the refiners were trained</h2>", curve_drawings(found["curves"][0]),
+             "<h2>Labels</h2>", tables[-1], "<h2>Pictures</h2>", shown, "<h2>How it was made</h2>", items(notes(name, facts, found))]
+    text = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{e(title)}</title>'
+            f'<style>{STYLE}</style></head><body><main>{"".join(parts)}</main></body></html>')
     with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8")
     return Path(path)
