@@ -50,6 +50,7 @@ def recipe_run(
     out: Annotated[Path, typer.Option(help="the trainings go to OUT/NAME/PROFILE")] = Path("runs"),
     record: Annotated[Optional[Path], typer.Option(help="also write the result to RECORD/NAME.json")] = None,
     encoder_weights: Annotated[Optional[Path], typer.Option(help="file for the runs that start from ImageNet, where there is no network")] = None,
+    seeds: Annotated[Optional[int], typer.Option(help="of a study: run the seeds 0 to SEEDS - 1, those that are missing; default 1")] = None,
 ):
     """Run an experiment, or go on with it where it was stopped, and print its figures as JSON.
 
@@ -57,9 +58,13 @@ def recipe_run(
     Example:
       synseg recipe run scenes_domain_gap --profile cpu --out runs --record results
       synseg recipe run camvid_unet_mobilenet_v2 --profile cpu --data-root data/camvid --encoder-weights mobilenet_v2.pth
+      synseg recipe run refiner-scenes2camera --profile cpu --seeds 3
     """
     from synseg.recipes import recipe
-    try: metrics = recipe(name).run(profile, data_root, out, record, encoder_weights)
+    found, more = recipe(name), {} if seeds is None else dict(seeds=seeds)
+    if more and not getattr(found, "seeded", False):
+        raise ValueError(f"{name} has no --seeds: each of its trainings has a seed of its own (synseg recipe show {name})")
+    try: metrics = found.run(profile, data_root, out, record, encoder_weights, **more)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}\nThe same command goes on where this stopped.") from None
     typer.echo(json.dumps(metrics, indent=1))

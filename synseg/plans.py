@@ -35,13 +35,7 @@ class Recipe:
 
         With `record` they are written to record/NAME.json; ValueError for the smoke profile, whose figures mean nothing.
         `encoder_weights`: a file for the runs that start from ImageNet, where it cannot be downloaded."""
-        if profile not in self.profiles:
-            raise ValueError(f"{self.name} has no profile {profile!r}; choose one of {', '.join(self.profiles)}")
-        if record and profile == "smoke":
-            raise ValueError("the smoke profile only shows that a recipe runs: its figures are not recorded")
-        root = None if profile == "smoke" else data_root
-        if self.needs and profile != "smoke" and root is None:
-            raise ValueError(f"{self.name} reads {self.needs}: give its folder with --data-root DIR")
+        root = self.root(profile, data_root, record)
         home, learners, runs = Path(out) / self.name / profile, {}, {}
         for name, run in with_encoder(self.profiles[profile], encoder_weights).items():
             learners[name] = train(run, home / name, root, resume=(home / name / "run.json").exists(), **learner)
@@ -51,6 +45,17 @@ class Recipe:
         seeds, config = {r["seed"] for r in runs.values()}, dict(profile=profile, runs=runs)
         if record: record_result(self.name, config, metrics, seeds.pop() if len(seeds) == 1 else None, record)
         return metrics
+
+    def root(self, profile: str, data_root: str | Path | None, record) -> str | Path | None:
+        "Where a profile reads its data; ValueError where it does not exist, needs a folder, or may not be recorded"
+        if profile not in self.profiles:
+            raise ValueError(f"{self.name} has no profile {profile!r}; choose one of {', '.join(self.profiles)}")
+        if record and profile == "smoke":
+            raise ValueError("the smoke profile only shows that a recipe runs: its figures are not recorded")
+        root = None if profile == "smoke" else data_root
+        if self.needs and profile != "smoke" and root is None:
+            raise ValueError(f"{self.name} reads {self.needs}: give its folder with --data-root DIR")
+        return root
 
 # %% ../nbs/79_plans.ipynb #25406057
 def with_encoder(runs: Mapping[str, Run], file: str | Path | None) -> dict[str, Run]:
