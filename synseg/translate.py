@@ -164,7 +164,8 @@ def train_refiner(painting: Painting, synthetic: Dataset, real: Dataset, out: st
     if (out / "chosen.json").is_file(): return json.loads((out / "chosen.json").read_text(encoding="utf-8"))
     seed_everything(painting.seed)
     model, critic = painting.network(), study_critic(width=painting.critic_width)
-    first = s.first_loss(features.maps if s.first == "perceptual" else None)
+    # Weighed as later on: Adam remembers how steep a loss was, and would creep after one that is a million times steeper
+    first = s.first_loss(features.maps) if s.first == "perceptual" else lambda refined, given: s.beta*grey_levels(refined, given)
     engine = partial(Refining, critic=critic, first_loss=first, buffer=HistoryBuffer(s.buffer), **s.engine())
     follow = Follow(out, painting.every, s.updates(), measure)
     trainer = Learner(model, Unpaired(synthetic, real, painting.seed), loss=grey_levels, optimizer=lambda m: torch.optim.Adam(m.parameters(), s.lr),
