@@ -20,7 +20,7 @@ _PUBLIC = {
     "compress": ("fold_batchnorm", "prune_filters"),
     "train": ("Learner",),
     "discriminators": ("list_discriminators", "discriminator_info", "create_discriminator"),
-    "realism": ("frechet_distance", "kernel_distance", "ssim", "feature_extractor"),
+    "realism": ("frechet_distance", "kernel_distance", "ssim", "perceptual_distance", "feature_extractor"),
     "simgan": ("Refiner", "HistoryBuffer"),
     "inference": ("predict",),
     "deploy": ("export",),
