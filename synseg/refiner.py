@@ -65,7 +65,7 @@ def grey_levels(refined: Tensor, synthetic: Tensor) -> Tensor:
 class Refinement:
     """How a refiner is trained, in plain values; the defaults are the study's (sections 3.3 and 5.1) where it gives them.
 
-    `alpha` weighs -log(1 - D), meant over the cells of a picture or, as `reduction` says, their sum; `beta` weighs `grey_levels` of
+    `alpha` weighs -log(1 - D), averaged over the cells of a picture or, as `reduction` says, summed; `beta` weighs `grey_levels` of
     a picture of `size`. `pretrain`: updates of the refiner, then of the critic; `turns`: the same within each of the `steps`.
     `first`: what the refiner pre-trains on, "perceptual" or "regular". `batch` and `buffer` are not published."""
     alpha: float = 50.0
