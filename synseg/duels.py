@@ -98,13 +98,14 @@ def summarised(rows: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
             difference={f: interval([a[f] - b[f] for a, b in pairs]) for f in FIGURES} if pairs and name != baseline else None)
     return found
 
-def verdict(difference: Mapping | None) -> str:
-    "What an interval of a difference allows to say, in points"
+def verdict(difference: Mapping | None, least: float = 0.005) -> str:
+    "What an interval of a difference allows to say, in points; below `least` on both sides nobody need care which sign it has"
     if difference is None: return "what the others are compared with"
-    points = f"{100*difference['mean']:+.1f}"
-    if difference["low"] is None: return f"{points} points in one seed: nothing follows"
-    text = f"{points} points ({100*difference['low']:+.1f} to {100*difference['high']:+.1f}, {difference['n']} seeds)"
-    return ("helps: " if difference["low"] > 0 else "harms: " if difference["high"] < 0 else "cannot be told from nothing: ") + text
+    mean, low, high = (v if v is None else f"{round(100*v, 1) + 0:+.1f}" for v in (difference["mean"], difference["low"], difference["high"]))
+    if low is None: return f"{mean} points in one seed: nothing follows"
+    text = f"{mean} points ({low} to {high}, {difference['n']} seeds)"
+    if max(-difference["low"], difference["high"]) < least: return f"the same within {100*least:g} points: " + text
+    return ("better: " if difference["low"] > 0 else "worse: " if difference["high"] < 0 else "cannot be told from nothing: ") + text
 
 # %% ../nbs/57_duels.ipynb #812d9645
 @torch.no_grad()

@@ -94,8 +94,9 @@ def test_differences_are_paired_by_seed():
     assert summarised(easy, "a")["a"]["difference"] is None
 
 
-@pytest.mark.parametrize("values, word", [([0.01, 0.012, 0.011], "helps"), ([-0.01, -0.012, -0.011], "harms"),
-                                          ([0.01, -0.012, 0.011], "cannot be told from nothing"), ([0.5], "nothing follows")])
+@pytest.mark.parametrize("values, word", [([0.01, 0.012, 0.011], "better"), ([-0.01, -0.012, -0.011], "worse"),
+                                          ([0.01, -0.012, 0.011], "cannot be told from nothing"), ([0.5], "nothing follows"),
+                                          ([-0.001, -0.0011, -0.0009], "the same within 0.5 points"), ([0.004, 0.0041, 0.0039], "the same")])
 def test_verdicts_say_no_more_than_the_interval(values, word):
     assert word in verdict(interval(values))
 
