@@ -25,7 +25,7 @@ from .runs import VALID_SEED, Chosen
 from .scenes import Scenes
 from .transforms import as_pair, resize_pair
 
-# %% ../nbs/37_pairs.ipynb #f20ea781
+# %% ../nbs/37_pairs.ipynb #d1da8c78
 HELD_OUT = "0001TP"  # CamVid's dusk: no frame of it is trained on, all of them are tested on
 CROP = (200, 600, 400, 600)  # first row, first column, height, width: the study's, the same for GTA-V and Cityscapes
 
@@ -45,6 +45,7 @@ def city(name: str, test: str, split: str, n: int, size, root) -> Dataset:
     "GTA-V or Cityscapes, each in the folder of its name within the data root"
     return load_dataset(name, Path(root) / name, test if split == "test" else "train")
 
+# %% ../nbs/37_pairs.ipynb #db434078
 def prepared(dataset: Dataset, n: int, size: tuple[int, int], crop: tuple[int, int, int, int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     "Up to `n` pairs spread evenly over a data set, cut out at `crop` and resized: image (3, *size) and label (*size), uint8"
     for i in np.linspace(0, len(dataset) - 1, min(n, len(dataset))).astype(int).tolist():
