@@ -146,6 +146,8 @@ class _Shared(_Accelerated):
     def begin(self) -> None:
         "Before a loop: accumulation is shared by all accelerators of a process, so say again what ours is"
         self.accelerator.gradient_accumulation_steps, self.accelerator.step, self._clock = self.accumulate, 0, None
+        shared = self.accelerator.gradient_state  # a loop that was left in mid-epoch stays the current one, and at its end every batch would update
+        for loader in filter(None, list(shared.dataloader_references)): shared._remove_dataloader(loader)
 
     def gather(self, item) -> list:
         "What each process holds, in order of rank"

@@ -381,3 +381,20 @@ def test_two_processes_stay_together(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("fine") == 2, done.stdout + done.stderr
+
+
+def test_a_loop_left_in_mid_epoch_does_not_reach_into_the_next():
+    "Accelerate keeps the loader of an abandoned loop as the current one; at that loader's end every batch would update"
+    from torch.utils.data import TensorDataset
+
+    from synseg.schedules import EpochSampler
+    data = TensorDataset(torch.rand(4, 3, 8, 8), torch.zeros(4, 8, 8).long())
+    engine = lambda accumulate: Engine(nn.Conv2d(3, 2, 1), nn.CrossEntropyLoss(), lambda m: torch.optim.SGD(m.parameters(), 0.1), "fp32", accumulate)
+    left = iter(engine(1).loader(data, 2, EpochSampler(4, 0)))
+    for _ in range(2): next(left)
+    other, updates = engine(2), []
+    other.begin()
+    for _ in range(4):
+        other.step(1.0, *data[:2])
+        updates.append(other.updated)
+    assert updates == [False, True]*2
