@@ -164,10 +164,11 @@ class Seed:
         fits = {name: self.fit(name, run) for name, run in trainings(b.scale, self.seed).items()}
         return dict(refiners=refiners, near=near, fits=fits)
 
-    def rows(self) -> list[list]:
-        "Synthetic pictures, and what became of them; real ones last"
-        kinds = ("synthetic", *self.bench.scale.painters, "colours", "randomised", "real")
-        return [[_bytes(x) for x in stack(self.bench.set(k, "test", self.seed), 6)] for k in kinds]
+    def rows(self, n: int = 6) -> list[list]:
+        "Synthetic pictures, and what became of them; real ones last, spread over those to train with: neighbours are alike"
+        b, kinds = self.bench, ("synthetic", *self.bench.scale.painters, "colours", "randomised")
+        sets = [stack(b.set(k, "test", self.seed), n) for k in kinds] + [b.real[:: max(1, len(b.real)//n)]]
+        return [[_bytes(x) for x in s[: min(map(len, sets))]] for s in sets]
 
     @torch.no_grad()
     def answers(self, net: str, n: int = 2) -> list[list]:
