@@ -60,6 +60,18 @@ def trainings(scale: Scale, seed: int = 0) -> dict[str, Run]:
             found[f"{net}-{kind}"] = run
     return found
 
+# %% ../nbs/76_downstream.ipynb #e987577f
+def _painters(size: tuple[int, int], width: int, critic_width: int, every: int, leash: float = 1.0, **changed) -> dict[str, Painting]:
+    """Both refiners at one width and length. Each keeps its paper's pre-training and weights, the weight of what must stay times
+    `leash`: with the published ones a narrow refiner swings from tint to tint in the few updates of a short schedule."""
+    make = lambda plan: Painting(replace(plan.at(size), beta=plan.at(size).beta*leash, **changed), width, critic_width, every=every,
+                                 **(dict(first_rate=5.0, settle=0.5) if changed else {}))
+    return dict(simgan=make(SIMGAN), ours=make(OURS))
+
+_NETS = {"unet": Run(model="unet_small", batch_size=8),
+         "deeplab": Run(model="deeplabv3plus", encoder="resnet18", batch_size=8, lr=1e-3, options={"width": 16})}
+_WIDE = {"unet": Run(model="unet", batch_size=8, lr=3e-4, options={"norm": True}), "deeplab": Run(model="deeplabv3plus", encoder="resnet50", batch_size=8, lr=3e-4)}
+
 # %% ../nbs/76_downstream.ipynb #61a47deb
 class Bench:
     "A study under way in the folder `home`: what is there is not made again. `say(text)` hears what begins"
@@ -164,10 +176,11 @@ class Seed:
         fits = {name: self.fit(name, run) for name, run in trainings(b.scale, self.seed).items()}
         return dict(refiners=refiners, near=near, fits=fits)
 
-    def rows(self) -> list[list]:
-        "Synthetic pictures, and what became of them; real ones last"
-        kinds = ("synthetic", *self.bench.scale.painters, "colours", "randomised", "real")
-        return [[_bytes(x) for x in stack(self.bench.set(k, "test", self.seed), 6)] for k in kinds]
+    def rows(self, n: int = 6) -> list[list]:
+        "Synthetic pictures, and what became of them; real ones last, spread over those to train with: neighbours are alike"
+        b, kinds = self.bench, ("synthetic", *self.bench.scale.painters, "colours", "randomised")
+        sets = [stack(b.set(k, "test", self.seed), n) for k in kinds] + [b.real[:: max(1, len(b.real)//n)]]
+        return [[_bytes(x) for x in s[: min(map(len, sets))]] for s in sets]
 
     @torch.no_grad()
     def answers(self, net: str, n: int = 2) -> list[list]:
@@ -227,25 +240,6 @@ class Study(Recipe):
         write_page(bench.home / "index.html", self.name, self.about, facts, metrics, bench.features.column(), shown)
 
 # %% ../nbs/76_downstream.ipynb #bef1af4d
-def _painters(width, critic_width, every, steps, pretrain, batch, size, **changed) -> dict[str, Painting]:
-    "Both refiners, equally wide and trained equally long; what sets them apart is the papers'"
-    make = lambda plan: Painting(replace(plan.at(size), steps=steps, pretrain=pretrain, batch=batch, buffer=50*batch, **changed), width, critic_width, every=every)
-    return dict(simgan=make(SIMGAN), ours=make(OURS))
-
-_NARROW = {"unet": Run(model="unet_small", batch_size=8), "deeplab": Run(model="deeplabv3plus", encoder="resnet18", batch_size=8, lr=1e-3, options={"width": 16})}
-
-# %% ../nbs/76_downstream.ipynb #183dbc75
-def _painters(size: tuple[int, int], width: int, critic_width: int, every: int, leash: float = 1.0, **changed) -> dict[str, Painting]:
-    """Both refiners at one width and length. Each keeps its paper's pre-training and weights, the weight of what must stay times
-    `leash`: with the published ones a narrow refiner swings from tint to tint in the few updates of a short schedule."""
-    make = lambda plan: Painting(replace(plan.at(size), beta=plan.at(size).beta*leash, **changed), width, critic_width, every=every,
-                                 **(dict(first_rate=5.0, settle=0.5) if changed else {}))
-    return dict(simgan=make(SIMGAN), ours=make(OURS))
-
-_NETS = {"unet": Run(model="unet_small", batch_size=8),
-         "deeplab": Run(model="deeplabv3plus", encoder="resnet18", batch_size=8, lr=1e-3, options={"width": 16})}
-_WIDE = {"unet": Run(model="unet", batch_size=8, lr=3e-4, options={"norm": True}), "deeplab": Run(model="deeplabv3plus", encoder="resnet50", batch_size=8, lr=3e-4)}
-
 def _smoke() -> Scale:
     tiny = {n: replace(run, batch_size=4, options={"width": 8}) for n, run in _NETS.items()}
     return Scale((64, 96), 8, 8, 4, 1, _painters((64, 96), 4, 12, 6, 20, pretrain=(4, 2), steps=4, batch=2, buffer=8), tiny)
