@@ -124,8 +124,8 @@ def _bytes(image: Tensor) -> np.ndarray:
     "(3, H, W), bytes or in [0, 1], as (H, W, 3) bytes"
     return (image if image.dtype == torch.uint8 else (image*255).round().byte()).permute(1, 2, 0).numpy()
 
-class Seed:
-    "One seed of a study: its refiners, their pictures, the networks and what they score"
+class _Refined:
+    "The refiners of one seed and their pictures"
     def __init__(self, bench: Bench, seed: int = 0): self.bench, self.seed, self.home = bench, seed, bench.home / f"seed{seed}"
 
     def refine(self, kind: str) -> dict:
@@ -144,6 +144,9 @@ class Seed:
         shown = stack(b.set("synthetic", "test"))
         return nearness(shown, b.real, b.features)(repaint(chosen(painting, self.home / f"refiner-{kind}", sum(painting.settings.pretrain)), shown))
 
+# %% ../nbs/76_downstream.ipynb #b1188930
+class _Fitted(_Refined):
+    "The networks, and what they score"
     def fit(self, name: str, run: Run) -> dict:
         "Train a network, test it on pictures of all kinds, and return scores and cost"
         b, out, (net, kind) = self.bench, self.home / name, name.split("-")
@@ -167,6 +170,9 @@ class Seed:
             b.write(kind, "train", [*map(ours.raw, range(m)), *zip(b.real[:m], pseudo_labels(model, b.real[:m]))], space, seed=self.seed)
         return b.folder(kind, self.seed)
 
+# %% ../nbs/76_downstream.ipynb #e84bfed8
+class Seed(_Fitted):
+    "One seed of a study: its refiners, their pictures, the networks and what they score"
     def run(self) -> dict:
         "All of it"
         b = self.bench
@@ -214,8 +220,7 @@ class Study(Recipe):
         if seeds < 1: raise ValueError(f"seeds is {seeds}; a study needs 1 or more")
         same_plan(home / "plan.json", asdict(self.scales[profile]))
         sources = dict(synthetic=partial(drawn, "synthetic"), real=partial(drawn, "camera")) if profile == "smoke" else self.sources
-        progress = learner.get("progress", True)
-        say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress else (lambda text: None)
+        say = (lambda text: print(text, file=sys.stderr, flush=True)) if learner.get("progress", True) else (lambda text: None)
         bench = Bench(self.scales[profile], sources, home, root, None if profile == "smoke" else self.crop, say, **learner).prepare()
         found = [Seed(bench, s).run() for s in range(seeds)]
         metrics = self.score(found, profile, root)
