@@ -76,13 +76,12 @@ _WIDE = {"unet": Run(model="unet", batch_size=8, lr=3e-4, options={"norm": True}
 class Bench:
     "A study under way in the folder `home`: what is there is not made again. `say(text)` hears what begins"
     def __init__(self, scale: Scale, sources: Mapping[str, Source], home: Path, root: Path | None = None, crop=None, say=print, **learner):
-        self.scale, self.sources, self.home, self.root, self.crop, self.say = scale, sources, home, root, crop, say
-        self.learner, self.kept = learner, {}
+        self.scale, self.sources, self.home, self.root, self.crop, self.say, self.learner, self.kept = scale, sources, home, root, crop, say, learner, {}
         self.features = feature_extractor(create_model("unet_small", 11, weights="scenes")).to(default_device())
 
     def folder(self, kind: str, seed: int) -> Path:
         "Where the pictures of a kind lie: each seed has refined ones of its own"
-        if kind == "augmented": kind = "synthetic"
+        kind = "synthetic" if kind == "augmented" else kind
         shared = kind in ("synthetic", "real", "colours", "randomised")
         return (self.home if shared else self.home / f"seed{seed}") / "sets" / kind
 
@@ -116,8 +115,8 @@ class Bench:
 
     def near(self, kind: str, seed: int = 0) -> dict:
         "How near the test pictures of a kind are to the real ones to train with: nothing was trained on the former"
-        shown = stack(self.set("synthetic", "test"))
-        return nearness(shown, self.real, self.features)(stack(self.set(kind, "test", seed)).float()/255)
+        measure = nearness(stack(self.set("synthetic", "test")), self.real, self.features)
+        return measure(stack(self.set(kind, "test", seed)).float()/255)
 
 # %% ../nbs/76_downstream.ipynb #8cbdf3b5
 def _bytes(image: Tensor) -> np.ndarray:
@@ -132,8 +131,7 @@ class _Refined:
         "Train a refiner, repaint the synthetic set with it, and return its record"
         b, painting, out = self.bench, replace(self.bench.scale.painters[kind], seed=self.seed), self.home / f"refiner-{kind}"
         b.say(f"seed {self.seed}: refiner {kind}, {painting.settings.updates()} updates")
-        shown = stack(b.set("synthetic"), 100)
-        measure = nearness(shown, b.real[:200], b.features)
+        measure = nearness(shown := stack(b.set("synthetic"), 100), b.real[:200], b.features)
         found = train_refiner(painting, b.set("synthetic"), b.set("real"), out, b.features, lambda m: measure(repaint(m, shown)), **b.learner)
         b.repainted(kind, by_refiner(chosen(painting, out, found["step"])), self.seed)
         return found
@@ -224,7 +222,6 @@ class Study(Recipe):
         bench = Bench(self.scales[profile], sources, home, root, None if profile == "smoke" else self.crop, say, **learner).prepare()
         found = [Seed(bench, s).run() for s in range(seeds)]
         metrics = self.score(found, profile, root)
-        write_json(home / "study.json", metrics)
         self.page(bench, metrics, profile)
         config = dict(profile=profile, scale=json.loads(json.dumps(asdict(self.scales[profile]))), features=bench.features.column())
         if record: record_result(self.name, config, metrics | dict(each=found), None, record)
@@ -242,6 +239,7 @@ class Study(Recipe):
             shown[file] = text
         facts = dict(profile=profile, size=scale.size, synthetic=scale.synthetic, real=len(bench.real), tests=len(bench.set("real", "test")),
                      width=scale.painters["ours"].width, updates=scale.painters["ours"].settings.updates(), features=bench.features.name)
+        write_json(bench.home / "study.json", metrics)
         write_page(bench.home / "index.html", self.name, self.about, facts, metrics, bench.features.column(), shown)
 
 # %% ../nbs/76_downstream.ipynb #bef1af4d
