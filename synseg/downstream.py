@@ -76,13 +76,12 @@ _WIDE = {"unet": Run(model="unet", batch_size=8, lr=3e-4, options={"norm": True}
 class Bench:
     "A study under way in the folder `home`: what is there is not made again. `say(text)` hears what begins"
     def __init__(self, scale: Scale, sources: Mapping[str, Source], home: Path, root: Path | None = None, crop=None, say=print, **learner):
-        self.scale, self.sources, self.home, self.root, self.crop, self.say = scale, sources, home, root, crop, say
-        self.learner, self.kept = learner, {}
+        self.scale, self.sources, self.home, self.root, self.crop, self.say, self.learner, self.kept = scale, sources, home, root, crop, say, learner, {}
         self.features = feature_extractor(create_model("unet_small", 11, weights="scenes")).to(default_device())
 
     def folder(self, kind: str, seed: int) -> Path:
         "Where the pictures of a kind lie: each seed has refined ones of its own"
-        if kind == "augmented": kind = "synthetic"
+        kind = "synthetic" if kind == "augmented" else kind
         shared = kind in ("synthetic", "real", "colours", "randomised")
         return (self.home if shared else self.home / f"seed{seed}") / "sets" / kind
 
@@ -116,24 +115,23 @@ class Bench:
 
     def near(self, kind: str, seed: int = 0) -> dict:
         "How near the test pictures of a kind are to the real ones to train with: nothing was trained on the former"
-        shown = stack(self.set("synthetic", "test"))
-        return nearness(shown, self.real, self.features)(stack(self.set(kind, "test", seed)).float()/255)
+        measure = nearness(stack(self.set("synthetic", "test")), self.real, self.features)
+        return measure(stack(self.set(kind, "test", seed)).float()/255)
 
 # %% ../nbs/76_downstream.ipynb #8cbdf3b5
 def _bytes(image: Tensor) -> np.ndarray:
     "(3, H, W), bytes or in [0, 1], as (H, W, 3) bytes"
     return (image if image.dtype == torch.uint8 else (image*255).round().byte()).permute(1, 2, 0).numpy()
 
-class Seed:
-    "One seed of a study: its refiners, their pictures, the networks and what they score"
+class _Refined:
+    "The refiners of one seed and their pictures"
     def __init__(self, bench: Bench, seed: int = 0): self.bench, self.seed, self.home = bench, seed, bench.home / f"seed{seed}"
 
     def refine(self, kind: str) -> dict:
         "Train a refiner, repaint the synthetic set with it, and return its record"
         b, painting, out = self.bench, replace(self.bench.scale.painters[kind], seed=self.seed), self.home / f"refiner-{kind}"
         b.say(f"seed {self.seed}: refiner {kind}, {painting.settings.updates()} updates")
-        shown = stack(b.set("synthetic"), 100)
-        measure = nearness(shown, b.real[:200], b.features)
+        measure = nearness(shown := stack(b.set("synthetic"), 100), b.real[:200], b.features)
         found = train_refiner(painting, b.set("synthetic"), b.set("real"), out, b.features, lambda m: measure(repaint(m, shown)), **b.learner)
         b.repainted(kind, by_refiner(chosen(painting, out, found["step"])), self.seed)
         return found
@@ -144,6 +142,9 @@ class Seed:
         shown = stack(b.set("synthetic", "test"))
         return nearness(shown, b.real, b.features)(repaint(chosen(painting, self.home / f"refiner-{kind}", sum(painting.settings.pretrain)), shown))
 
+# %% ../nbs/76_downstream.ipynb #b1188930
+class _Fitted(_Refined):
+    "The networks, and what they score"
     def fit(self, name: str, run: Run) -> dict:
         "Train a network, test it on pictures of all kinds, and return scores and cost"
         b, out, (net, kind) = self.bench, self.home / name, name.split("-")
@@ -167,6 +168,9 @@ class Seed:
             b.write(kind, "train", [*map(ours.raw, range(m)), *zip(b.real[:m], pseudo_labels(model, b.real[:m]))], space, seed=self.seed)
         return b.folder(kind, self.seed)
 
+# %% ../nbs/76_downstream.ipynb #e84bfed8
+class Seed(_Fitted):
+    "One seed of a study: its refiners, their pictures, the networks and what they score"
     def run(self) -> dict:
         "All of it"
         b = self.bench
@@ -214,12 +218,10 @@ class Study(Recipe):
         if seeds < 1: raise ValueError(f"seeds is {seeds}; a study needs 1 or more")
         same_plan(home / "plan.json", asdict(self.scales[profile]))
         sources = dict(synthetic=partial(drawn, "synthetic"), real=partial(drawn, "camera")) if profile == "smoke" else self.sources
-        progress = learner.get("progress", True)
-        say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress else (lambda text: None)
+        say = (lambda text: print(text, file=sys.stderr, flush=True)) if learner.get("progress", True) else (lambda text: None)
         bench = Bench(self.scales[profile], sources, home, root, None if profile == "smoke" else self.crop, say, **learner).prepare()
         found = [Seed(bench, s).run() for s in range(seeds)]
         metrics = self.score(found, profile, root)
-        write_json(home / "study.json", metrics)
         self.page(bench, metrics, profile)
         config = dict(profile=profile, scale=json.loads(json.dumps(asdict(self.scales[profile]))), features=bench.features.column())
         if record: record_result(self.name, config, metrics | dict(each=found), None, record)
@@ -237,6 +239,7 @@ class Study(Recipe):
             shown[file] = text
         facts = dict(profile=profile, size=scale.size, synthetic=scale.synthetic, real=len(bench.real), tests=len(bench.set("real", "test")),
                      width=scale.painters["ours"].width, updates=scale.painters["ours"].settings.updates(), features=bench.features.name)
+        write_json(bench.home / "study.json", metrics)
         write_page(bench.home / "index.html", self.name, self.about, facts, metrics, bench.features.column(), shown)
 
 # %% ../nbs/76_downstream.ipynb #bef1af4d

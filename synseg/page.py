@@ -177,6 +177,7 @@ def curve_drawings(rows: Mapping[str, Sequence[Mapping]]) -> str:
     line = lambda kind, key: [(r["step"], r[key]) for r in rows[kind] if r.get(key) is not None]
     return "".join(drawing(title, {NAMES[k]: line(k, key) for k in rows}) for key, title in titles.items())
 
+# %% ../nbs/38_page.ipynb #12e3724d
 def lead(about: str, facts: Mapping, seeds: int) -> list[str]:
     "What was done, in a few sentences"
     said = [about, "Profile {profile}: {size[0]}x{size[1]} pictures, {synthetic} synthetic and {real} real ones to train with, {tests} real ones to test on; ".format(**facts)
@@ -192,6 +193,7 @@ def notes(name: str, facts: Mapping, found: Mapping) -> list[str]:
             f"Features: {facts['features']}. A distance is FID only where its column says so.", f"All trainings took {found['minutes']} minutes.",
             f"To go on: synseg recipe run {name} --profile {facts['profile']} --seeds {found['seeds'] + 2}, with the same --out; what is done is not done again."]
 
+# %% ../nbs/38_page.ipynb #51c8bbe3
 def write_page(path: str | Path, name: str, about: str, facts: Mapping, found: Mapping, column: str, pictures: Mapping[str, str]) -> Path:
     """index.html of a study. `facts`: profile, size, synthetic, real, tests, width, updates, features; `column`: what a distance by these
     features may be called; `pictures`: {file beside the page: what it shows, in words}."""
