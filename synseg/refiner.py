@@ -61,33 +61,8 @@ def grey_levels(refined: Tensor, synthetic: Tensor) -> Tensor:
     return self_regularisation(refined, synthetic, scale=255.0, reduction="sum")
 
 # %% ../nbs/74_refiner.ipynb #5089cabd
-@dataclass(frozen=True)
-class Refinement:
-    """How a refiner is trained, in plain values; the defaults are the study's (sections 3.3 and 5.1) where it gives them.
-
-    `alpha` weighs -log(1 - D), averaged over the cells of a picture or, as `reduction` says, summed; `beta` weighs `grey_levels` of
-    a picture of `size`. `pretrain`: updates of the refiner, then of the critic; `turns`: the same within each of the `steps`.
-    `first`: what the refiner pre-trains on, "perceptual" or "regular". `batch` and `buffer` are not published."""
-    alpha: float = 50.0
-    beta: float = 4e-6
-    pretrain: tuple[int, int] = (1200, 400)
-    turns: tuple[int, int] = (2, 1)
-    first: str = "perceptual"
-    lr: float = 1e-4
-    critic_lr: float = 1e-3
-    steps: int = 5000
-    batch: int = 8
-    buffer: int = 400
-    reduction: str = "mean"
-    size: tuple[int, int] = (80, 160)
-    network: str = "study"
-    critic: str = "study"
-
-    def __post_init__(self):
-        if self.first not in ("perceptual", "regular"): raise ValueError(f"first is {self.first!r}; choose 'perceptual' or 'regular'")
-        if self.reduction not in ("mean", "sum"): raise ValueError(f"reduction is {self.reduction!r}; choose 'mean' or 'sum'")
-        if not (self.alpha >= 0 and self.beta >= 0): raise ValueError(f"alpha {self.alpha} and beta {self.beta} must be 0 or more")
-
+class _Plan:
+    "What follows from the settings of a `Refinement`"
     def updates(self, step: int | None = None) -> int:
         "Updates, of either network, from the start until `step` steps of full training are done; by default all"
         return sum(self.pretrain) + sum(self.turns)*(self.steps if step is None else step)
@@ -115,6 +90,34 @@ class Refinement:
         if features is None:
             raise ValueError("perceptual pre-training needs features: realism.feature_extractor(name, weights=path).maps, or first='regular'")
         return PerceptualLoss(features)
+
+# %% ../nbs/74_refiner.ipynb #5ca7f297
+@dataclass(frozen=True)
+class Refinement(_Plan):
+    """How a refiner is trained, in plain values; the defaults are the study's (sections 3.3 and 5.1) where it gives them.
+
+    `alpha` weighs -log(1 - D), averaged over the cells of a picture or, as `reduction` says, summed; `beta` weighs `grey_levels` of
+    a picture of `size`. `pretrain`: updates of the refiner, then of the critic; `turns`: the same within each of the `steps`.
+    `first`: what the refiner pre-trains on, "perceptual" or "regular". `batch` and `buffer` are not published."""
+    alpha: float = 50.0
+    beta: float = 4e-6
+    pretrain: tuple[int, int] = (1200, 400)
+    turns: tuple[int, int] = (2, 1)
+    first: str = "perceptual"
+    lr: float = 1e-4
+    critic_lr: float = 1e-3
+    steps: int = 5000
+    batch: int = 8
+    buffer: int = 400
+    reduction: str = "mean"
+    size: tuple[int, int] = (80, 160)
+    network: str = "study"
+    critic: str = "study"
+
+    def __post_init__(self):
+        if self.first not in ("perceptual", "regular"): raise ValueError(f"first is {self.first!r}; choose 'perceptual' or 'regular'")
+        if self.reduction not in ("mean", "sum"): raise ValueError(f"reduction is {self.reduction!r}; choose 'mean' or 'sum'")
+        if not (self.alpha >= 0 and self.beta >= 0): raise ValueError(f"alpha {self.alpha} and beta {self.beta} must be 0 or more")
 
 # %% ../nbs/74_refiner.ipynb #b71ff4eb
 OURS = Refinement()

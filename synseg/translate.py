@@ -142,7 +142,9 @@ class Follow(Callback):
         save_weights(learner.model, weights_at(self.out, n))
         self.log.append(dict(step=n, **learner.engine.report(), **self.measure(learner.model)))
 
-def weights_at(out: Path, step: int) -> Path: return out / f"update-{step:06d}.safetensors"
+def weights_at(out: Path, step: int) -> Path:
+    "Where `Follow` keeps the weights after `step` updates"
+    return out / f"update-{step:06d}.safetensors"
 
 def read_rows(path: Path) -> list[dict]:
     "Rows of a .jsonl file; none where there is none"
