@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from .core import VOID
 from .engine import Engine
+from .labels import one_hot as planes
 
 # %% ../nbs/69_adversarial.ipynb #839aabbd
 FORMS: Mapping[str, Callable[[Tensor, float], Tensor]] = {  # of a logit and +1 where it should say "real", -1 where not
@@ -45,8 +46,7 @@ def bystander(module: nn.Module) -> Callable[..., Tensor]:
 # %% ../nbs/69_adversarial.ipynb #ae9f48f0
 def one_hot(labels: Tensor, probs: Tensor) -> Tensor:
     "Labels (N, H, W) as maps like `probs` (N, K, H, W): 1 for the true class, 0 for others, and for all where there is void"
-    maps = torch.zeros_like(probs).scatter_(1, labels.masked_fill(labels == VOID, 0)[:, None], 1.0)
-    return known(maps, labels)
+    return planes(labels, probs.shape[1]).to(probs)
 
 def known(maps: Tensor, labels: Tensor) -> Tensor:
     "Maps (N, K, H, W), all zero where the label is void: no critic shall tell answers from truth by that"

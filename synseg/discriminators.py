@@ -7,7 +7,6 @@ __all__ = ['OF_MAPS', 'OF_PICTURES', 'DISCRIMINATORS', 'TRUTHS', 'list_discrimin
            'create_discriminator', 'adversary']
 
 # %% ../nbs/58_discriminators.ipynb #18150ce6
-import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -18,7 +17,7 @@ from .cyclegan import CRITICS as CYCLE
 from .luc import CRITICS as LUC, scaled_truth
 from .refiner import CRITICS as REFINER
 from .seggan import CRITICS as SEGGAN
-from .segmenter import ModelEntry, ModelInfo
+from .segmenter import ModelEntry, ModelInfo, entry_of
 from .simgan import CRITICS as SIMGAN
 
 # %% ../nbs/58_discriminators.ipynb #6b8288a6
@@ -30,19 +29,14 @@ def list_discriminators() -> list[str]:
     "Names that `create_discriminator` knows"
     return list(DISCRIMINATORS)
 
-def _entry(name: str) -> ModelEntry:
-    if name in DISCRIMINATORS: return DISCRIMINATORS[name]
-    near = difflib.get_close_matches(str(name), DISCRIMINATORS, n=1)
-    raise ValueError(f"there is no discriminator {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".") + f" Choose one of {', '.join(DISCRIMINATORS)}")
-
 def discriminator_info(name: str) -> ModelInfo:
     "Paper, counts and deviations, as `model_info` gives them of a network; ValueError for an unknown name"
-    return _entry(name).info
+    return entry_of(DISCRIMINATORS, name, "discriminator").info
 
 def create_discriminator(name: str, num_classes: int = 2, in_channels: int = 3, **options) -> nn.Module:
     """A critic by its name. Those of segmentations judge (images (N, C, H, W), maps (N, K, H, W)) and give logits of "truth";
     those of pictures judge images alone, and know no classes. ValueError for a name or an option that it does not know."""
-    build = _entry(name).build
+    build = entry_of(DISCRIMINATORS, name, "discriminator").build
     try: return build(num_classes, in_channels, **options)
     except TypeError as error:
         if "unexpected keyword" not in str(error): raise
@@ -55,6 +49,7 @@ TRUTHS: dict[str, Callable] = {"one_hot": one_hot, "scaled": scaled_truth}  # (l
 def adversary(settings: Mapping, num_classes: int, in_channels: int = 3) -> Callable:
     """The engine of a run against a critic: `settings` hold the critic's `name`, its `options`, and what `Adversarial` takes
     (weight, warmup, critic_updates, critic_lr, betas, form). `truth` may be named: one of TRUTHS. ValueError for what does not fit."""
+    if not isinstance(settings, Mapping): raise ValueError(f"an adversary is {settings!r}; expected its settings, such as dict(name='seggan', weight=0.01)")
     rest = dict(settings)
     name, options, truth = rest.pop("name", None), rest.pop("options", {}), rest.pop("truth", "one_hot")
     if name in OF_PICTURES: raise ValueError(f"{name} judges pictures, not segmentations; choose one of {', '.join(n for n in DISCRIMINATORS if n not in OF_PICTURES)}")

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'FIGURES', 'CURVES', 'TUNE', 'TEST', 'GRID', 'COUNTS', 'WEIGHTS', 'WINDOW', 'SMALL', 'SIZES', 'CAMVID',
-           'ON_VOC', 'FRAMES', 'DUELS', 'Tally', 'answers', 'tallied', 'chosen', 'interval', 'summarised', 'verdict',
-           'believed', 'pull', 'timed', 'curve', 'duel_scores', 'critic', 'seeded', 'against', 'rivals', 'causes',
-           'table1']
+           'ON_VOC', 'FRAMES', 'DUELS', 'Tally', 'answers', 'tallied', 'chosen', 'summarised', 'verdict', 'believed',
+           'pull', 'timed', 'curve', 'duel_scores', 'critic', 'seeded', 'against', 'rivals', 'causes', 'table1']
 
 # %% ../nbs/57_duels.ipynb #156d8f3e
 import time
@@ -17,7 +16,6 @@ from itertools import islice
 from statistics import fmean, stdev
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -28,7 +26,7 @@ from .crf_fit import Scored, best_of, counts_of, refinements, settings_grid
 from .deeplab import CRF_V2
 from .dense_crf import DenseCRF
 from .metrics import ConfusionMatrix, boundary_band, boundary_counts, winner
-from .plans import Recipe
+from .plans import Recipe, interval
 from .runs import Run, scenes
 from .scoring import label_space_of, scores_at
 from .stopwatch import Entry, Machine, compare
@@ -79,13 +77,6 @@ def chosen(samples: Sequence[Scored], grid: Sequence[dict], num_classes: int) ->
     return dict(grid[0] if len(grid) == 1 else grid[best_of(counts_of(samples, grid, num_classes))])
 
 # %% ../nbs/57_duels.ipynb #a4874fa9
-def interval(values: Sequence[float], level: float = 0.95) -> dict:
-    "Mean, and the bounds that hold the true mean with probability `level` if values are normal; None for fewer than two"
-    mean, n = fmean(values), len(values)
-    if n < 2: return dict(mean=mean, low=None, high=None, n=n)
-    half = float(student.ppf((1 + level)/2, n - 1))*stdev(values)/n**0.5
-    return dict(mean=mean, low=mean - half, high=mean + half, n=n)
-
 def summarised(rows: Mapping[str, Mapping[int, dict]], baseline: str) -> dict:
     "From scores by variant and seed: means, spreads and, of each figure, the interval of the difference to the baseline's same seeds"
     found = {}
@@ -204,7 +195,7 @@ WINDOW = dict(kernel_size=3, blur=4, iterations=2)  # of ConvCRFs on pictures of
 SMALL = Run(model="deeplabv2", encoder="resnet18", options=dict(width=16, scales=[1], rates=[1, 2, 3, 4]), precision="fp32",
             domain="both", images=400, size=(64, 96), batch_size=8, epochs=8)
 SIZES: dict[str, Run] = {
-    "smoke": replace(SMALL, options=SMALL.options | dict(width=4), images=8, batch_size=4, epochs=1), "cpu": SMALL,
+    "smoke": replace(SMALL, options=SMALL.options | dict(width=8), images=8, batch_size=4, epochs=1), "cpu": SMALL,
     "gpu": replace(SMALL, encoder="resnet101", options=dict(scales=[1]), images=20_000, size=(240, 320), epochs=20, lr=1e-3, precision="auto")}
 
 def critic(profile: str = "cpu", name: str = "seggan", crf: bool = True, weight: float = 0.01, **more) -> dict:
@@ -243,7 +234,7 @@ def causes(profile: str) -> dict[str, Run]:
 
 def table1(profile: str) -> dict[str, Run]:
     "The rows of the paper's table 1 under one protocol: as many pictures, one optimiser; VGGs without norms at a third of the rate"
-    run, own = SIZES[profile], {} if profile == "gpu" else dict(width=4 if profile == "smoke" else 8)
+    run, own = SIZES[profile], {} if profile == "gpu" else dict(width=8)
     vgg = lambda model, **options: replace(run, model=model, encoder=None, lr=run.lr/3, options=own | options)
     wide = {} if profile == "gpu" else dict(width=run.options["width"])
     return {"segnet": replace(run, model="segnet", encoder=None, options=own), "fcn8s": vgg("fcn8s", padding=1),

@@ -41,13 +41,13 @@ def every(maps: Tensor, step: int) -> Tensor:
     return maps[..., step//2::step, step//2::step][..., :h, :w]
 
 # %% ../nbs/70_luc.ipynb #49a970ed
-def check_pair(images: Tensor, maps: Tensor, in_channels: int, num_classes: int, name: str) -> None:
-    "ValueError in plain words unless images and maps are what critic `name` was built for, of one size and at least 64x64"
-    check_image(images, in_channels, 64, name)
+def check_pair(images: Tensor, maps: Tensor, in_channels: int, num_classes: int, name: str, smallest: int = 64) -> None:
+    "ValueError in plain words unless images and maps are what critic `name` was built for: of one size, sides of `smallest` or more"
+    check_image(images, in_channels, smallest, name)
     want = (len(images), num_classes, *images.shape[-2:])
-    if tuple(maps.shape) != want:
-        raise ValueError(f"{name} got maps {tuple(maps.shape)} for images {tuple(images.shape)}; expected {want}: one map per class, "
-                         "softmax or one-hot, at the images' size")
+    if tuple(maps.shape) != want or not maps.is_floating_point():
+        raise ValueError(f"{name} got maps {tuple(maps.shape)} {maps.dtype} for images {tuple(images.shape)}; expected {want}, floating point: "
+                         "one map per class, softmax or one-hot, at the images' size")
 
 def convs(c_in: int, layers: Sequence[tuple[int, int] | None]) -> nn.Sequential:
     "Convolutions (channels, kernel) that keep the size, each with ReLU; None halves height and width by the larger value"

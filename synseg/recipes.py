@@ -28,6 +28,7 @@ from .papers import PAPERS
 from .plans import Recipe, best, cost, each, one, profiles
 from .runs import LOSSES, VALID_SEED, Run, scenes
 from .scenes import Scenes
+from .segmenter import entry_of
 from .train import Learner
 
 # %% ../nbs/90_recipes.ipynb #1ea3589c
@@ -139,9 +140,8 @@ RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL} | PAPERS |
 
 # %% ../nbs/90_recipes.ipynb #cc7e8005
 def recipe(name: str) -> Recipe:
-    "A recipe by its name; ValueError lists the names there are"
-    if name not in RECIPES: raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
-    return RECIPES[name]
+    "A recipe by its name; ValueError names the nearest, and all there are"
+    return entry_of(RECIPES, name, "recipe")
 
 def describe(recipe: Recipe, profile: str | None = None) -> str:
     "The trainings of a recipe in words: per profile each run with the settings that differ from the defaults"

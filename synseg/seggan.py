@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .conv_crf import ConvCRF
 from .deeplab import DeepLabSum, deeplabv2
 from .deeplab import ENTRIES as DEEPLABS
-from .segmenter import ModelEntry, ModelInfo, check_image
+from .luc import check_pair
+from .segmenter import ModelEntry, ModelInfo
 
 # %% ../nbs/71_seggan.ipynb #8f9db862
 SMALLEST = 1e-6  # probability; the logarithm of a smaller one, and of the zeros of a truth, is taken from here
@@ -56,11 +57,6 @@ def _check_options(kernel: int, crf: str | None, cascades: int, **counts: int) -
     if crf and cascades < 1: raise ValueError(f"cascades is {cascades}; expected at least 1, or crf=None for a critic without a CRF")
     if crf == "hidden" and cascades > 4: raise ValueError(f"cascades is {cascades}; there are 4 hidden convolutions")
 
-def _check_maps(maps: Tensor, wanted: tuple[int, ...]) -> None:
-    if maps.shape != wanted or not maps.is_floating_point():
-        raise ValueError(f"maps are {tuple(maps.shape)} {maps.dtype}; expected {wanted}, floating point: a softmax of the model's logits, "
-                         "or the labels as one-hot maps")
-
 def _stage(c_in: int, c_out: int, kernel: int, norm: bool) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, 2, 1), *([nn.BatchNorm2d(c_out)] if norm else []), nn.LeakyReLU(0.2))
 
@@ -92,8 +88,7 @@ class ConvCritic(nn.Module):
 
     def verdicts(self, images: Tensor, maps: Tensor) -> Tensor:
         "Logits at the critic's own resolution, (N, 1, H/32, W/32), rounded up for kernels of 3 and down for kernels of 4"
-        check_image(images, self.in_channels, self.smallest, type(self).__name__)
-        _check_maps(maps, (len(images), self.num_classes, *images.shape[-2:]))
+        check_pair(images, maps, self.in_channels, self.num_classes, type(self).__name__, self.smallest)
         x = self.judged(images, maps)
         for i, stage in enumerate(self.hidden):
             x = stage(x)

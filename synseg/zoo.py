@@ -4,7 +4,7 @@
 
 # %% ../nbs/15_zoo.ipynb #9becb832
 from __future__ import annotations
-import difflib, inspect, json
+import inspect, json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .core import atomic_path
 from .labels import LabelSpace
-from .segmenter import ModelEntry, ModelInfo, Segmenter
+from .segmenter import ModelEntry, ModelInfo, Segmenter, entry_of
 from .bisenet import ENTRIES as BISENETS
 from .contextnet import ENTRIES as CONTEXTNETS
 from .deeplab import ENTRIES as DEEPLABS
@@ -49,19 +49,13 @@ def list_models() -> list[str]:
     "Names that `create_model` knows"
     return list(_ENTRIES)
 
-def _entry(name: str) -> ModelEntry:
-    if name in _ENTRIES: return _ENTRIES[name]
-    near = difflib.get_close_matches(str(name), _ENTRIES, n=1)
-    raise ValueError(f"no model is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
-                     + f" Known: {', '.join(_ENTRIES)}")
-
 def model_info(name: str) -> ModelInfo:
     "Paper, year, arXiv id, parameters and deviations of a model; ValueError for an unknown name"
-    return _entry(name).info
+    return entry_of(_ENTRIES, name).info
 
 def model_options(name: str) -> dict[str, object]:
     "Options of a model, as `create_model(name, ..., option=value)` takes them, and their defaults"
-    known = inspect.signature(_entry(name).build).parameters.values()
+    known = inspect.signature(entry_of(_ENTRIES, name).build).parameters.values()
     return {p.name: p.default for p in known if p.name not in ("num_classes", "in_channels", "encoder", "self")}
 
 # %% ../nbs/15_zoo.ipynb #0c31cc01
@@ -99,7 +93,7 @@ def create_model(name: str,  # one of list_models()
                  **options,  # see model_options(name)
                 ) -> Segmenter:
     "Build a network; ValueError names what is wrong and lists what is valid, FileNotFoundError says where a file belongs"
-    entry = _entry(name)
+    entry = entry_of(_ENTRIES, name)
     given = dict(options)
     if encoder is not None: given["encoder"] = _checked_encoder(entry, encoder)
     unknown = [o for o in options if o not in model_options(name)]

@@ -1,6 +1,8 @@
 "Where real data may lie, and the small things that every test file shares"
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,8 @@ def seeded():
 
 
 def scramble(net, std=0.2):
-    "Random weights, scales and running statistics, in double precision: fresh ones hide what a restatement should find"
-    for p in net.parameters(): nn.init.normal_(p, std=std)
+    "Random weights (`std` a number or a function of the parameter), scales and running statistics, in double precision"
+    for p in net.parameters(): nn.init.normal_(p, std=std(p) if callable(std) else std)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.5, 1.5)
@@ -54,3 +56,26 @@ def accuracy_by_heart(net, steps, lr=3e-3):
         loss.backward()
         optimiser.step()
     return (net(x).argmax(1) == y).float().mean()
+
+
+def same_state(a, b):
+    "Bit for bit, through nested dictionaries and lists; clocks excepted"
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        clocks = {"seconds", "images_per_second"}
+        return a.keys() == b.keys() and all(k in clocks or same_state(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def two_processes(script, text):
+    "What `text`, written to `script`, prints when two processes on the CPU run it side by side"
+    root = Path(__file__).resolve().parents[1]
+    script.write_text(text)
+    env = dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import At, Squares, same_state, small_net
+from conftest import same_state, two_processes
+from test_train import At, Squares, small_net
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -375,12 +376,7 @@ torch.distributed.destroy_process_group()
 
 def test_two_processes_stay_together(tmp_path):
     "Batch norm in the critic too, whose buffers a data-parallel wrapper writes before each forward"
-    script = tmp_path/"two.py"
-    script.write_text(TWO.format(tests=str(ROOT/"tests")))
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("fine") == 2, done.stdout + done.stderr
+    assert two_processes(tmp_path/"two.py", TWO.format(tests=str(ROOT/"tests"))).count("fine") == 2
 
 
 def test_a_loop_left_in_mid_epoch_does_not_reach_into_the_next():

@@ -331,7 +331,7 @@ def test_data_info_names_bad_pairs(folder):
 def test_recipe_commands(tmp_path):
     assert "camvid_unet_small" in synseg("recipe", "list")[1]
     assert "hold_out='0001TP'" in synseg("recipe", "show", "camvid_unet_small_holdout", "--profile", "cpu")[1]
-    assert "choose one of" in refused("recipe", "show", "nope")
+    assert "no recipe is called" in refused("recipe", "show", "nope")
     assert "--data-root" in refused("recipe", "run", "camvid_unet_small", "--profile", "cpu")
     code, out, _ = synseg("recipe", "run", "camvid_metric_reference", "--out", tmp_path)
     assert code == 0 and 0 < json.loads(out)["mean_iou"] < 1

@@ -20,7 +20,7 @@ from synseg.scenes import Scenes
 from synseg.segmenter import ModelEntry, ModelInfo
 from synseg.zoo import create_model
 
-TINY = Run(images=8, size=(64, 96), batch_size=4, epochs=2, options={"width": 4}, precision="fp32")
+TINY = Run(images=8, size=(64, 96), batch_size=4, epochs=2, options={"width": 8}, precision="fp32")
 TOY = dict(name="toy", critic_lr=1e-2)
 EVERY = [(n, p, name, run) for n, r in DUELS.items() for p, runs in r.profiles.items() for name, run in runs.items()]
 
@@ -80,7 +80,7 @@ def test_intervals_are_student_s():
     values = torch.randn(5, generator=torch.Generator().manual_seed(0)).double().tolist()
     found, theirs = interval(values), ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high)) and found["n"] == 5
-    assert interval([0.3]) == dict(mean=0.3, low=None, high=None, n=1)
+    assert interval([0.3]) == dict(mean=0.3, half=None, low=None, high=None, n=1)
     assert interval([0.3, 0.3])["low"] == pytest.approx(0.3)
 
 
@@ -146,7 +146,7 @@ def test_a_critic_without_weight_changes_nothing_and_the_record_says_so(tmp_path
     recipe = Recipe("toy", "A duel.", {"smoke": runs}, lambda *a: duel_scores(*a, grid=GRID[:2]))
     found = recipe.run("smoke", out=tmp_path, progress=False)
     assert json.loads(json.dumps(found)) == found and set(found["variants"]) == {"plain", "plain + CRF", "silent"}
-    assert found["variants"]["silent"]["difference"]["mean_iou"] == dict(mean=0, low=0, high=0, n=2)
+    assert found["variants"]["silent"]["difference"]["mean_iou"] == dict(mean=0, half=0, low=0, high=0, n=2)
     assert found["variants"]["plain + CRF"]["difference"]["boundary_iou"]["n"] == 2 and set(found["crf"]) == {"0", "1"}
     assert set(found["critics"]) == {"silent_0", "silent_1"} and found["critics"]["silent_0"]["share"] == 0
     rows = found["curves"]["silent_1"]

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import scramble
 from torch import nn
 
 from synseg.check import check_segmenter, count_parameters
@@ -11,17 +12,6 @@ from synseg.enet import ENTRIES, PLAN, ConvPool, ENet, ENetBlock, ENetDown, ENet
 from synseg.zoo import create_model, load_model, save_model
 
 NETS = [ENet, ERFNet]
-
-
-def scramble(net):
-    "Random weights, slopes, scales and running statistics, in double precision"
-    for p in net.parameters(): nn.init.normal_(p, std=p[0].numel()**-0.5 if p.ndim == 4 else 0.3)
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            m.running_mean.normal_(0, 0.3)
-            m.running_var.uniform_(0.5, 2)
-    return net.double().eval()
 
 
 class Tape:
@@ -91,7 +81,7 @@ def restated_erfnet(x, t):
 @pytest.mark.parametrize("width, size", [(16, (64, 72)), (4, (72, 136))])
 def test_restatement(build, restated, width, size):
     torch.manual_seed(0)
-    net, x = scramble(build(5, width=width)), torch.rand(2, 3, *size, dtype=torch.float64)
+    net, x = scramble(build(5, width=width), lambda p: p[0].numel()**-0.5 if p.ndim == 4 else 0.3), torch.rand(2, 3, *size, dtype=torch.float64)
     tape = Tape(net)
     with torch.no_grad(): want, got = restated(x, tape), net(x)
     assert not tape.left and want.std() > 0.1

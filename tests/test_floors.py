@@ -22,7 +22,7 @@ FLOOR = dict(
     stream=10, deploy=10, realtime=9.5,
     optimizers=6,
     runs=10, doctor=10, notebooks=10, console=10, benchmark=10,
-    authors=11, plans=11, browse=11, parity=11, oracles=12, papers=12, pairs=11, page=1, translate=11.5, downstream=12, duels=12, recipes=13, experiments=14, leaderboard=14,
+    authors=11, plans=11, browse=11, parity=11, oracles=12, papers=12, pairs=11, page=11.5, translate=11.5, downstream=12, duels=12, recipes=13, experiments=14, leaderboard=14,
     cli=15,
 )
 NETWORKS = {"segmenter", "conv", "upsample", "dilate", "blocks", "backbone", "unet", "fcn", "segnet", "tiramisu", "gridnet",

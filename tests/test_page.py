@@ -27,7 +27,7 @@ GOOD = dict(synthetic=.10, simgan=.12, ours=.30, real=.50, colours=.2, randomise
 
 
 def test_intervals():
-    assert interval([.3]) == dict(mean=.3, half=None, n=1)
+    assert interval([.3]) == dict(mean=.3, half=None, low=None, high=None, n=1)
     three = interval([.1, .2, .3])
     assert three["mean"] == pytest.approx(.2) and three["half"] == pytest.approx(4.302653*.1/math.sqrt(3), rel=1e-5)
     assert number(three) == "0.200 ± 0.248" and number(None) == "–" and number(.5, 1) == "0.5"

@@ -116,7 +116,7 @@ def test_every_recipe_is_complete():
             assert all((run.data == "scenes") == (r.needs is None) for run in r.profiles["cpu"].values())
         for profile in r.profiles:
             assert profile in describe(r, profile)
-    with pytest.raises(ValueError, match="choose one of"):
+    with pytest.raises(ValueError, match="did you mean"):
         recipe("camvid_unet")
     with pytest.raises(ValueError, match="no profile"):
         recipe("unet_losses").run("tpu")

@@ -162,7 +162,7 @@ def test_bad_inputs():
     critic, x = seggan_critic(3, width=2), torch.rand(2, 3, 64, 64)
     with expect_fail(ValueError, contains="kernel is 5"): ConvCritic(3, kernel=5)
     for m in (maps(2, 4, (64, 64)), maps(1, 3, (64, 64)), maps(2, 3, (64, 65)), torch.zeros(2, 3, 64, 64, dtype=torch.long), torch.zeros(2, 64, 64)):
-        with expect_fail(ValueError, contains="softmax of the model's logits"): critic(x, m)
+        with expect_fail(ValueError, contains="softmax or one-hot"): critic(x, m)
     with expect_fail(ValueError, contains="channels"): critic(torch.rand(2, 1, 64, 64), maps(2, 3, (64, 64)))
     with expect_fail(ValueError, contains="at least 32x32"): advsemiseg(3)(torch.rand(1, 3, 31, 64), maps(1, 3, (31, 64)))
 

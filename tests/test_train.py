@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import same_state, two_processes
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
@@ -60,18 +61,6 @@ def learner(out=None, **changes):
     settings.update(changes)
     data, model = settings.pop("data", Squares()), settings.pop("model", None)
     return Learner(small_net() if model is None else model, data, **settings)
-
-
-def same_state(a, b):
-    "Bit for bit, through nested dictionaries and lists; clocks excepted"
-    if isinstance(a, torch.Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        clocks = {"seconds", "images_per_second"}
-        return a.keys() == b.keys() and all(k in clocks or same_state(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b))
-    return a == b
 
 
 class At(Callback):
@@ -437,9 +426,4 @@ torch.distributed.destroy_process_group()  # else gloo's threads may abort the e
 
 
 def test_two_processes_stay_together(tmp_path):
-    script = tmp_path/"two.py"
-    script.write_text(SCRIPT.format(tests=str(ROOT/"tests"), body=TWO.replace("{out!r}", repr(str(tmp_path/"run")))))
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("fine 6") == 2, done.stdout + done.stderr
+    assert two_processes(tmp_path/"two.py", SCRIPT.format(tests=str(ROOT/"tests"), body=TWO.replace("{out!r}", repr(str(tmp_path/"run"))))).count("fine 6") == 2

@@ -1,14 +1,12 @@
 "Unpaired training: whose turn it is and what it touches, exact resume of both networks and their buffers, CycleGAN's step restated"
 import copy
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same_state, two_processes
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -328,17 +326,6 @@ def test_cyclegan_wants_two_of_each():
 
 # --- exact resume
 
-def same_state(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        clocks = {"seconds", "images_per_second"}
-        return a.keys() == b.keys() and all(k in clocks or same_state(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b))
-    return a == b
-
-
 class Stop(Callback):
     def __init__(self, step): self.step = step
     def on_step(self, learner):
@@ -402,9 +389,4 @@ torch.distributed.destroy_process_group()
 
 def test_two_processes_stay_together(tmp_path):
     "Batch norm in all networks, whose buffers a data-parallel wrapper writes before each forward; a buffer for each process"
-    script = tmp_path/"two.py"
-    script.write_text(TWO.format(tests=str(ROOT/"tests")))
-    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0 and done.stdout.count("fine") == 4, done.stdout + done.stderr
+    assert two_processes(tmp_path/"two.py", TWO.format(tests=str(ROOT/"tests"))).count("fine") == 4
