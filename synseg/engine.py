@@ -21,6 +21,7 @@ from .core import VOID
 from .datasets import Seeded
 from .labels import check_labels
 from .losses import CrossEntropyLoss, sqrt_frequency_weights
+from .runstate import process_state
 from .schedules import ClassBalancedSampler, Ema, EpochSampler
 from .scoring import confusion, label_space_of, pixel_counts, report, source_of, uses_bf16
 
@@ -112,6 +113,7 @@ class _Accelerated:
     def __init__(self, model: nn.Module, loss: Callable, optimizer=adamw, precision: str = "auto", accumulate: int = 1,
                  clip: float | None = None, ema: float = 0.0, aux_weight: float = AUX_WEIGHT):
         if accumulate < 1: raise ValueError(f"accumulate is {accumulate}; it counts batches: 1 or more")
+        process_state()  # joins the other processes, also where all are on CPUs
         self.accelerator = Accelerator(gradient_accumulation_steps=accumulate, mixed_precision="no")  # autocast is ours
         self.device, self.accumulate, self.clip, self.aux_weight = self.accelerator.device, accumulate, clip, aux_weight
         self.bf16 = uses_bf16(precision, self.device)
@@ -133,14 +135,9 @@ class _Shared(_Accelerated):
     @property
     def world(self) -> int: return self.accelerator.num_processes
     @property
-    def updated(self) -> bool:
-        "Whether the last batch ended in an update of the weights"
-        return self.accelerator.sync_gradients
-
+    def updated(self) -> bool: return self.accelerator.sync_gradients  # whether the last batch ended in an update of the weights
     @property
-    def lr(self) -> float:
-        "The learning rate before the schedule's factor"
-        return self.optimizer.param_groups[0]["initial_lr"]
+    def lr(self) -> float: return self.optimizer.param_groups[0]["initial_lr"]  # before the schedule's factor
 
     def averaged(self) -> nn.Module:
         "The averaged model where there is one, else the model"

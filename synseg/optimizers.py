@@ -11,9 +11,9 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
+from .runstate import process_state
 from .schedules import Schedule, constant, cosine, exponential, poly, step_decay
 
 # %% ../nbs/78_optimizers.ipynb #fd534ecc
@@ -84,7 +84,7 @@ def sync_norms(model: nn.Module) -> nn.Module:
     """Batch norms that count over the batches of all processes, by torch.nn.SyncBatchNorm; returns the model.
 
     One process has the whole batch already: nothing changes. ValueError on the CPU, for which PyTorch has no such norm."""
-    state = PartialState()
+    state = process_state()
     if any(_hold in m._forward_pre_hooks.values() for m in model.modules()):
         raise ValueError("batch norms are frozen or synchronised, not both: frozen ones count nothing")
     if state.num_processes == 1: return model
@@ -95,7 +95,7 @@ def sync_norms(model: nn.Module) -> nn.Module:
 
 def per_process(batch_size: int) -> int:
     "Each process's part of a batch of `batch_size` images in all; ValueError where it cannot be shared evenly"
-    n = PartialState().num_processes
+    n = process_state().num_processes
     if batch_size % n: raise ValueError(f"batch_size is {batch_size}, in all; {n} processes share it: choose a multiple of {n}")
     return batch_size//n
 
