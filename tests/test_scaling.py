@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import two_processes
+from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -15,6 +16,8 @@ from synseg.callbacks import Callback
 from synseg.losses import CrossEntropyLoss, DiceLoss, FocalLoss
 from synseg.optimizers import freeze_norms, per_process, sync_norms
 from synseg.runstate import load_state
+from synseg.scaling import (Cluster, fit_link, measure, plan_run, ring_all_reduce, ring_seconds, scaled_lr, step_time,
+                            timeline)
 from synseg.schedules import EpochSampler
 from synseg.train import Learner
 
@@ -233,3 +236,56 @@ def test_the_command_line_runs_on_two_processes(tmp_path, launcher):
     for name, value in load_file(tmp_path/"one"/"last.safetensors").items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0)
     assert json.loads((tmp_path/"two"/"run.json").read_text())["run"] == json.loads((tmp_path/"one"/"run.json").read_text())["run"]
+
+
+# --- the arithmetic -------------------------------------------------------------------------------------------------
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 30))
+def test_a_ring_gives_all_the_same_bits_of_the_sum(n, length):
+    vectors = [torch.randn(length) for _ in range(n)]
+    before = [v.clone() for v in vectors]
+    sums, sent = ring_all_reduce(vectors)
+    assert all(torch.equal(s, sums[0]) for s in sums) and sum(sent) == 2*(n - 1)*length
+    torch.testing.assert_close(sums[0], torch.stack(before).sum(0), atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(vectors, before))
+
+
+def test_seconds_on_the_wire():
+    assert ring_seconds(1e9, 1, 1e9, 1) == 0
+    assert ring_seconds(8e9, 8, 1e9, 0.5) == pytest.approx(14*0.5 + 14)  # 2 * 7/8 * 8 s
+    assert Cluster(1, 10).all_reduce(1e9) == 0
+    for n in (2, 4, 8):
+        assert Cluster(n, 10).ring(1e8) == Cluster(n, 10).two_level(1e8) > 0
+    sizes = [1e3, 1e5, 1e7]
+    assert fit_link(sizes, [ring_seconds(s, 2, 2e9, 5e-5) for s in sizes]) == pytest.approx((5e-5, 2e9))
+
+
+def test_a_step_hides_what_it_can():
+    free, hall = Cluster(1, 10), Cluster(64, 10)
+    alone = step_time(free, 4, 10**7)
+    assert (alone.compute, alone.total, alone.efficiency) == (0.4, 0.4, 1.0)
+    hidden, plain = step_time(hall, 4, 10**7), step_time(hall, 4, 10**7, overlap=False)
+    assert 0 < hidden.exposed < plain.exposed == pytest.approx(plain.reduce) and hidden.efficiency > plain.efficiency
+    rows = timeline(0.3, [0.05]*4)
+    assert [r[0] for r in rows] == pytest.approx([0.15, 0.2, 0.25, 0.3]) and rows[-1][2] == pytest.approx(0.35)
+    assert timeline(0.3, [1.0]*2)[-1][2] == pytest.approx(0.2 + 2)  # a wire that is never free
+
+
+def test_a_plan_says_what_to_look_at():
+    one = plan_run(Cluster(8, 20), 2975, 500, 2, 10**7, lr=0.01, lr_batch=16)
+    assert (one.batch, one.steps, one.left_out, one.lr) == (16, 185, 15, 0.01)
+    assert one.gpu_hours == pytest.approx(8*one.hours) and one.hours == pytest.approx(185*500*one.step.total/3600)
+    far = plan_run(Cluster(256, 20), 2975, 500, 2, 10**7, lr=0.01, lr_batch=16)
+    assert far.lr == pytest.approx(0.32) and any("5 steps an epoch" in n for n in far.notes) and any("32 times" in n for n in far.notes)
+    assert scaled_lr(0.01, 4, "sqrt") == pytest.approx(0.02) and scaled_lr(0.01, 4, "none") == 0.01
+    for bad, message in [(lambda: plan_run(Cluster(8, 20), 9, 1, 2, 10, 0.1, 16), "do not fill one batch of 16"), (lambda: scaled_lr(1, 2, "cubic"), "choose one of linear"),
+                         (lambda: Cluster(12, 20), "do not fill machines"), (lambda: Cluster(0, 20), "1 GPU or more"), (lambda: Cluster(1, 0), "speed above 0")]:
+        with pytest.raises(ValueError, match=message):
+            bad()
+
+
+@pytest.mark.slow
+def test_measuring_two_processes():
+    found = measure(2, batch=1, size=(64, 64), steps=2)
+    assert found["world"] == 2 and len(found["seconds"]) == 2 and min(found["links"].values()) > 0
