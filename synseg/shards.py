@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'INDEX', 'Shard', 'MEMBER', 'LARGEST', 'Encoded', 'encode', 'write_shards', 'open_url', 'read_index',
-           'read_shard', 'decode', 'shuffled', 'process', 'Shards', 'Batches']
+           'read_shard', 'shuffled', 'decode', 'process', 'Shards', 'Batches']
 
 # %% ../nbs/19_shards.ipynb #8f5bc478
 import io, json, os, re, tarfile, urllib.request, zlib
@@ -29,7 +29,6 @@ from .transforms import Paired
 
 # %% ../nbs/19_shards.ipynb #b1c3c4f0
 FORMAT, INDEX = 1, "shards.json"
-
 def encode(pixels: np.ndarray, quality: int | None = None) -> bytes:
     "uint8 (H, W, 3) or (H, W) as the bytes of a PNG, which loses nothing, or of a JPEG of a quality (1-95), which does"
     file, how = io.BytesIO(), dict(format="JPEG", quality=quality) if quality else dict(format="PNG", compress_level=4)
@@ -158,7 +157,20 @@ def read_shard(shard: Shard, begin: int = 0, end: int | None = None) -> Iterator
         raise ValueError(f"{url} is damaged or cut short after {n} of {shard.samples} pairs: {error}") from error
     if n < shard.samples: raise ValueError(f"{url} is cut short: {n} pairs, and the index says {shard.samples}")
 
-# %% ../nbs/19_shards.ipynb #a27b0051
+# %% ../nbs/19_shards.ipynb #9268c234
+def shuffled(items: Iterable, size: int, rng: np.random.Generator) -> Iterator:
+    "Items mixed in a buffer of `size`: each newcomer takes the place of one drawn by chance, which goes out"
+    buffer = []
+    for item in items:
+        if len(buffer) < size: buffer.append(item)
+        elif size == 0: yield item
+        else:
+            j = rng.integers(size)
+            yield buffer[j]
+            buffer[j] = item
+    yield from (buffer[j] for j in rng.permutation(len(buffer)))
+
+# %% ../nbs/19_shards.ipynb #4461fff7
 def _picture(data: bytes, where: str, kinds: list[str], mode: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=kinds) as file:
@@ -175,41 +187,23 @@ def decode(pair: Encoded, space: LabelSpace) -> tuple[tv_tensors.Image, tv_tenso
     check_labels(label, space, source=where)
     return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(torch.from_numpy(label))
 
-def shuffled(items: Iterable, size: int, rng: np.random.Generator) -> Iterator:
-    "Items mixed in a buffer of `size`: each newcomer takes the place of one drawn by chance, which goes out"
-    buffer = []
-    for item in items:
-        if len(buffer) < size: buffer.append(item)
-        elif size == 0: yield item
-        else:
-            j = rng.integers(size)
-            yield buffer[j]
-            buffer[j] = item
-    yield from (buffer[j] for j in rng.permutation(len(buffer)))
-
-# %% ../nbs/19_shards.ipynb #9268c234
+# %% ../nbs/19_shards.ipynb #1b6eabbb
 def process() -> tuple[int, int]:
     "Which of how many processes this is, as torchrun and accelerate launch tell it"
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def _worker() -> tuple[int, int]: return (info.id, info.num_workers) if (info := get_worker_info()) else (0, 1)
 
-# %% ../nbs/19_shards.ipynb #3ddd5cb4
-class Shards(IterableDataset):
-    """Pairs of image and label out of tar files, in an order that depends on (seed, epoch) and on who reads, in one pass.
-
-    `places`: a folder or address that holds a shards.json of `write_shards`, or several. `transforms(image, label)` draw under
-    (seed, epoch, number of the pair). `shuffle` pairs wait in each reader's buffer; 0 gives them in order. All processes and
-    workers together see each pair once an epoch; of parts that cannot be equal none differs by more than one.
-    Train from it with `Learner(model, Shards(...))`. ValueError or FileNotFoundError says which file is wrong."""
+class _Places(IterableDataset):
+    "Where the shards lie and what they hold"
     def __init__(self, places: str | Path | Iterable[str | Path], transforms: Callable | None = None, shuffle: int = 1000, seed: int = 0):
         if shuffle < 0 or seed < 0: raise ValueError(f"shuffle is {shuffle}, seed {seed}; both must be 0 or more")
-        self.shards, self.transforms, self.shuffle, self.seed = [], transforms or Paired(), shuffle, seed
+        self.shards, self.class_pixels, self.transforms, self.shuffle, self.seed = [], 0, transforms or Paired(), shuffle, seed
+        self.settings = dict(shuffle=shuffle, stream_seed=seed)  # what a resumed run must have in common
         for place in [places] if isinstance(places, (str, Path)) else places:
             more, space, pixels = read_index(str(place), len(self))
             if self.shards and space.names != self.label_space.names: raise ValueError(f"{place} has other classes than the shards before it")
-            self.class_pixels = self.class_pixels + pixels if self.shards else pixels
-            self.shards, self.label_space = self.shards + more, space
+            self.shards, self.label_space, self.class_pixels = self.shards + more, space, self.class_pixels + pixels
         if not self.shards: raise ValueError("no place was given: expected a folder of write_shards")
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers that live on see the change
 
@@ -218,9 +212,15 @@ class Shards(IterableDataset):
     def set_epoch(self, epoch: int): self._epoch.fill_(epoch)
     @property
     def epoch(self) -> int: return int(self._epoch)
-    @property
-    def settings(self) -> dict: return dict(shuffle=self.shuffle, stream_seed=self.seed)  # what a resumed run must have in common
 
+# %% ../nbs/19_shards.ipynb #8db4bbe6
+class Shards(_Places):
+    """Pairs of image and label out of tar files, in an order that depends on (seed, epoch) and on who reads, in one pass.
+
+    `places`: a folder or address that holds a shards.json of `write_shards`, or several. `transforms(image, label)` draw under
+    (seed, epoch, number of the pair). `shuffle` pairs wait in each reader's buffer; 0 gives them in order. All processes and
+    workers together see each pair once an epoch; of parts that cannot be equal none differs by more than one.
+    Train from it with `Learner(model, Shards(...))`. ValueError or FileNotFoundError says which file is wrong."""
     def order(self) -> list[Shard]:
         "The shards as this epoch reads them"
         mixed = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.shards))

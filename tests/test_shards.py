@@ -21,7 +21,7 @@ from synseg.engine import weighted_loss
 from synseg.labels import LabelSpace
 from synseg.scenes import Scenes
 from synseg.schedules import EpochSampler
-from synseg.shards import Batches, Shards, process, read_shard, shuffled, write_shards
+from synseg.shards import Batches, Shards, read_shard, shuffled, write_shards
 from synseg.train import Learner
 
 SPACE = LabelSpace(("dark", "bright"), ((0, 0, 0), (255, 255, 255)))
@@ -382,6 +382,7 @@ TWO = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_shards import *
+from synseg.shards import process
 run = learner({folder!r}, 2, out={out!r}, workers=1).fit(2)
 weights = run.engine.gather(run.model[0].weight.detach())
 assert run.engine.world == 2 and torch.equal(*weights) and process()[1] == 2
