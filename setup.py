@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent
 config = configparser.ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("crf", "fast", "fid", "export", "course", "test", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("crf", "fast", "fid", "export", "stream", "course", "test", "dev")}
 extras["course"] += extras["export"]  # chapter 67
 extras["dev"] += extras["test"] + extras["course"]
 

@@ -58,12 +58,13 @@ def train(
     size: Annotated[Optional[str], typer.Option(help="height x width to train at; default: a shorter side of 120 on a CPU")] = None,
     epochs: Annotated[Optional[int], typer.Option(help="default: until about 28,000 images are seen on a CPU, or 9 minutes are over")] = None,
     minutes: Annotated[Optional[float], typer.Option(help="stop after this much time; the schedule fits itself to it")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(help="default: 4 on a CPU, 8 on a GPU")] = None, lr: float = 3e-3, weight_decay: float = 1e-2, seed: int = 0,
+    batch_size: Annotated[Optional[int], typer.Option(help="images of a step, of all processes together; default: 4 on a CPU, 8 on a GPU")] = None, lr: float = 3e-3, weight_decay: float = 1e-2, seed: int = 0,
     loss: Annotated[str, typer.Option(help="cross_entropy, focal, dice or lovasz")] = "cross_entropy",
     optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or rmsprop")] = "adamw",
     schedule: Annotated[str, typer.Option(help="of the rate: cosine, poly, exponential, step or constant")] = "cosine",
     encoder_lr: Annotated[float, typer.Option(help="rate of a pretrained encoder as a share of --lr; 0 holds it still")] = 1.0,
     freeze_norms: Annotated[bool, typer.Option("--freeze-norms", help="batch norms stay as they came")] = False,
+    sync_norms: Annotated[bool, typer.Option("--sync-norms", help="on several GPUs batch norms count over all images")] = False,
     ema: Annotated[float, typer.Option(help="decay of averaged weights; 0: none")] = 0.0,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto", encoder: Optional[str] = None,
     weights: Annotated[Optional[str], typer.Option(help="start from 'scenes' or a .safetensors file")] = None,
@@ -79,17 +80,20 @@ def train(
     Example:
       synseg train --model unet_small --data scenes --epochs 5 --size 96x128 --out runs/first
       synseg train --data camvid --root data/camvid --out runs/camvid
+      torchrun --nproc-per-node 8 -m synseg train --batch-size 64 --out runs/eight
     """
     from synseg import runs
     settings = runs.Run(
         model=model, data=data, domain=domain, images=images, size=parse_size(size), epochs=epochs, minutes=minutes, loss=loss,
         batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, ema=ema, precision=precision, weights=weights,
         encoder=encoder, encoder_weights=encoder_weights, optimizer=optimizer, schedule=schedule,
-        encoder_lr=encoder_lr, freeze_norms=freeze_norms, options=parse_options(option))
+        encoder_lr=encoder_lr, freeze_norms=freeze_norms, sync_norms=sync_norms, options=parse_options(option))
     try: learner = runs.train(settings, out, root, resume, workers=workers, tensorboard=tensorboard)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}\nGo on with: synseg train --out {out} --resume") from None
-    typer.echo(f"{_summary(learner.history)}\nNext: synseg evaluate {out}\n      synseg predict {out} PHOTO --out out/")
+    if learner.engine.main: typer.echo(f"{_summary(learner.history)}\nNext: synseg evaluate {out}\n      synseg predict {out} PHOTO --out out/")
+    learner.engine.accelerator.wait_for_everyone()
+    learner.engine.accelerator.end_training()  # else the threads of a process group may abort the exit
 
 # %% ../nbs/92_cli.ipynb #00597f84
 def _summary(rows: list[dict]) -> str:

@@ -12,14 +12,16 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from .core import VOID
 from .datasets import Seeded
 from .labels import check_labels
 from .losses import CrossEntropyLoss, sqrt_frequency_weights
+from .runstate import process_state
 from .schedules import ClassBalancedSampler, Ema, EpochSampler
 from .scoring import confusion, label_space_of, pixel_counts, report, source_of, uses_bf16
 
@@ -48,7 +50,9 @@ def weighted_loss(dataset: Dataset, num_classes: int | None, class_weights: str 
         if num_classes is None:
             raise ValueError("neither data set (.label_space) nor model (.num_classes) says how many classes to weigh: give "
                              "class_weights=None, a tensor (K,), or a loss")
-        class_weights = sqrt_frequency_weights(pixel_counts(dataset, num_classes, limit=400).sum(0))
+        counted = getattr(dataset, "class_pixels", None)  # shards were counted when they were written
+        if counted is None: counted = pixel_counts(dataset, num_classes, limit=400).sum(0)
+        class_weights = sqrt_frequency_weights(counted)
     return CrossEntropyLoss(weight=class_weights)
 
 def order_of(dataset: Dataset, num_classes: int, sampler=None, seed: int = 0) -> Sampler[int]:
@@ -109,6 +113,7 @@ class _Accelerated:
     def __init__(self, model: nn.Module, loss: Callable, optimizer=adamw, precision: str = "auto", accumulate: int = 1,
                  clip: float | None = None, ema: float = 0.0, aux_weight: float = AUX_WEIGHT):
         if accumulate < 1: raise ValueError(f"accumulate is {accumulate}; it counts batches: 1 or more")
+        process_state()  # joins the other processes, also where all are on CPUs
         self.accelerator = Accelerator(gradient_accumulation_steps=accumulate, mixed_precision="no")  # autocast is ours
         self.device, self.accumulate, self.clip, self.aux_weight = self.accelerator.device, accumulate, clip, aux_weight
         self.bf16 = uses_bf16(precision, self.device)
@@ -130,14 +135,9 @@ class _Shared(_Accelerated):
     @property
     def world(self) -> int: return self.accelerator.num_processes
     @property
-    def updated(self) -> bool:
-        "Whether the last batch ended in an update of the weights"
-        return self.accelerator.sync_gradients
-
+    def updated(self) -> bool: return self.accelerator.sync_gradients  # whether the last batch ended in an update of the weights
     @property
-    def lr(self) -> float:
-        "The learning rate before the schedule's factor"
-        return self.optimizer.param_groups[0]["initial_lr"]
+    def lr(self) -> float: return self.optimizer.param_groups[0]["initial_lr"]  # before the schedule's factor
 
     def averaged(self) -> nn.Module:
         "The averaged model where there is one, else the model"
@@ -157,6 +157,11 @@ class _Shared(_Accelerated):
         "The first process's item, in every process"
         return item if self.world == 1 else broadcast_object_list([item])[0]
 
+    def mean(self, value: float) -> float:
+        "The mean over the processes, the same in each"
+        return value if self.world == 1 else sum(self.gather(value))/self.world
+
+
     def clock(self, step: int, seconds: float) -> float:
         "The first process's `seconds`, asked every tenth step, so that all use one learning rate and stop together"
         if self.world == 1: return seconds
@@ -167,18 +172,22 @@ class _Shared(_Accelerated):
 class _Fed(_Shared):
     "Batches in, scores out"
     def loader(self, dataset: Dataset, batch_size: int, sampler: Sampler, workers: int | None = None) -> DataLoader:
-        "Batches on the device, shared out among processes; the last, smaller one is dropped unless it is the only one"
+        "Batches on the device, `batch_size` images (or what there is) for each process; what does not fill one of all is dropped"
         if workers is None: workers = 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
         # A generator of its own: else the start of each epoch would draw from the one that dropout uses.
-        return self.accelerator.prepare(DataLoader(
-            dataset, batch_size, sampler=sampler, num_workers=workers, generator=torch.Generator(),
-            drop_last=len(dataset) >= batch_size*self.world, pin_memory=self.device.type == "cuda"))
+        how = dict(num_workers=workers, generator=torch.Generator(), pin_memory=self.device.type == "cuda")
+        if isinstance(dataset, IterableDataset):  # a stream brings whole batches, already shared out
+            return prepare_data_loader(DataLoader(dataset, None, **how), self.device, 1, 0, put_on_device=True, dispatch_batches=False)
+        if len(dataset) < self.world: raise ValueError(f"{len(dataset)} training images for {self.world} processes: start fewer")
+        batch_size = min(batch_size, len(dataset)//self.world)
+        return self.accelerator.prepare(DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, **how))
 
     def evaluate(self, dataset: Dataset, size: tuple[int, int] | None, batch_size: int, precision: str) -> dict:
         "Scores of the averaged model as in `scoring.evaluate`, the images shared out among the processes"
         start = time.perf_counter()
         part = dataset if self.world == 1 else Subset(dataset, range(self.rank, len(dataset), self.world))
-        matrix, *others = self.gather(confusion(self.averaged(), part, size, batch_size, precision))
+        found = confusion(self.averaged(), part, size, batch_size, precision) if len(part) or not len(dataset) else None
+        matrix, *others = [m for m in self.gather(found) if m is not None]  # None: more processes than images
         return report(matrix.merge(*others), label_space_of(dataset), len(dataset), time.perf_counter() - start)
 
 # %% ../nbs/89_engine.ipynb #2a8e99c7
@@ -195,7 +204,13 @@ class _Losing(_Fed):
         if m := getattr(self.model, "margin", 0): labels = labels[..., m:-m, m:-m]  # U-Net with valid convolutions
         if logits.shape[-2:] != labels.shape[-2:]:
             raise ValueError(f"the model gives {_size(logits)} for labels of {_size(labels)}; expected one size for both")
-        return sum((self.aux_weight*self.loss(a, labels, *extra) for a in aux), self.loss(logits, labels, *extra))
+        return self.share(labels, *extra)*sum((self.aux_weight*self.loss(a, labels, *extra) for a in aux), self.loss(logits, labels, *extra))
+
+    def share(self, labels: Tensor, *extra: Tensor) -> Tensor | float:
+        "What this process's mean counts for among all: void and class weights give the means unequal mass"
+        if self.world == 1 or not hasattr(self.loss, "mass"): return 1.0
+        mass = self.loss.mass(labels, *extra).double()
+        return (mass*self.world/self.accelerator.reduce(mass, "sum").clamp(min=1e-30)).float()
 
     def loss_of(self, images: Tensor, labels: Tensor, *extra: Tensor) -> Tensor:
         "Scalar loss of one batch; further items of a batch go to the loss"

@@ -60,6 +60,11 @@ def _ratio(total: Tensor, weight: Tensor) -> Tensor:
 # %% ../nbs/10_losses.ipynb #57a7fa9c
 class CrossEntropyLoss(SegmentationLoss):
     "Mean over labelled pixels of -log p(true class), weighted by class and, where given, by pixel (U-Net's border map)"
+    def mass(self, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor: # scalar
+        "What the mean divides by: batches weighed by it have together the mean of one large batch"
+        weight = self._pixel_weight(labels.long(), torch.zeros((), device=labels.device))
+        return (weight if pixel_weight is None else weight * pixel_weight).sum()
+
     def forward(self,
                 logits: Tensor, # (N, K, H, W)
                 labels: Tensor, # (N, H, W) class ids or void
@@ -108,6 +113,10 @@ class FocalLoss(SegmentationLoss):
         super().__init__(weight, ignore_index)
         if gamma < 0: raise ValueError(f"gamma {gamma} found; expected 0 or more")
         self.gamma = gamma
+
+    def mass(self, labels: Tensor) -> Tensor: # scalar
+        "What the mean divides by, as in cross entropy"
+        return self._pixel_weight(labels.long(), torch.zeros((), device=labels.device)).sum()
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits, labels = self._prepare(logits, labels)

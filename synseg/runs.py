@@ -23,7 +23,7 @@ from .discriminators import adversary
 from .enet import log_weights
 from .engine import AUX_WEIGHT
 from .losses import DiceLoss, FocalLoss, LovaszSoftmaxLoss, median_frequency_weights
-from .optimizers import check_optimizer, create_optimizer, create_schedule, freeze_norms
+from .optimizers import check_optimizer, create_optimizer, create_schedule, freeze_norms, per_process
 from .scenes import Scenes
 from .train import Learner
 from .transforms import train_transforms
@@ -54,7 +54,7 @@ class Run:
     eval_size: tuple[int, int] | None = None  # ... and is scored at, where that is another
     epochs: int | None = None
     minutes: float | None = None
-    batch_size: int | None = None
+    batch_size: int | None = None  # images of one step, shared among the processes where there are several
     lr: float = 3e-3
     weight_decay: float = 1e-2
     optimizer: str = "adamw"
@@ -64,6 +64,7 @@ class Run:
     schedule_options: Mapping = field(default_factory=dict)  # warmup, power, at, factor, end
     encoder_lr: float = 1.0  # rate of the encoder as a share of `lr`; 0 holds it still
     freeze_norms: bool = False  # batch norms keep the statistics, scales and shifts that they came with
+    sync_norms: bool = False  # ... or, on several GPUs, count over the images of all of them
     aux_weight: float = AUX_WEIGHT  # of the loss of each auxiliary head, where the network has one
     adversary: Mapping = field(default_factory=dict)  # a critic's name and options, and what Adversarial takes: see `adversary`
     clip: float | None = None  # longest gradient
@@ -239,7 +240,7 @@ def build(run: Run, train: Dataset, valid: Dataset | None, out: str | Path | Non
     weights = _weights(run.class_weights, train)
     optimizer = lambda m: create_optimizer(run.optimizer, m, run.lr, run.weight_decay, run.momentum, run.encoder_lr, **run.optimizer_options)
     return Learner(model, data, valid, loss() if loss else None, optimizer, create_schedule(run.schedule, **run.schedule_options),
-                   batch_size=run.batch_size, seed=run.seed, out=out, ema=run.ema, precision=run.precision, clip=run.clip, aux_weight=run.aux_weight,
+                   batch_size=per_process(run.batch_size), sync_norms=run.sync_norms, seed=run.seed, out=out, ema=run.ema, precision=run.precision, clip=run.clip, aux_weight=run.aux_weight,
                    class_weights=weights, eval_size=run.eval_size or run.size, **learner)
 
 
@@ -257,7 +258,7 @@ def train(run: Run, out: str | Path, root: str | Path | None = None, resume: boo
     run = settled(run, data)
     held = score_set(replace(run, images=min(200, run.images or 200) if run.data == "scenes" else None), root)
     trainer = build(run, data, held, out, **learner)
-    write_json(out / "run.json", dict(format=FORMAT, run=asdict(run), root=str(Path(root).resolve()) if root else None))
+    if trainer.engine.main: write_json(out / "run.json", dict(format=FORMAT, run=asdict(run), root=str(Path(root).resolve()) if root else None))
     if resume and (out / "state.pt").exists(): trainer.resume(out)
     return trainer.fit(run.epochs, run.minutes)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from .callbacks import Callback, MetricsLog, usual_callbacks
 from .core import seed_everything
 from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, num_classes_of, order_of, weighted_loss
+from .optimizers import sync_norms as synchronised
 from .runstate import (Diverged, Progress, all_finite, check_loss, check_same_run, interrupted, load_state, rng_state,
                              save_state, save_weights, set_rng_state, stop_requests)
 from .schedules import Schedule, cosine
@@ -33,21 +34,23 @@ class _Parts:
                  clip: float | None = None, ema: float = 0.0, aux_weight: float = AUX_WEIGHT, sampler=None, workers: int | None = None,
                  callbacks: Iterable[Callback] = (), save_every: int | None = None, tensorboard: bool = False,
                  class_weights: str | Tensor | None = "sqrt", eval_size: tuple[int, int] | None = None,
-                 progress: bool = True, validations: int = 10, engine: Callable[..., Engine] = Engine):
+                 progress: bool = True, validations: int = 10, engine: Callable[..., Engine] = Engine, sync_norms: bool = False):
         if train is not None and len(train) == 0: raise ValueError("the training set is empty: check its folder and split")
         self.train, self.valid, self.schedule = train, valid, schedule or cosine(warmup=0.05)
         self.batch_size, self.precision, self.seed, self.save_every = batch_size, precision, seed, save_every
         self.out, self.eval_size, self.validations = Path(out) if out else None, eval_size, validations
         self.num_classes = num_classes_of(train, model) if train is not None else None
         if train is not None: loss = loss or weighted_loss(train, self.num_classes, class_weights)
+        if sync_norms: model = synchronised(model)
         self.engine = engine(model, loss, optimizer or (lambda m: adamw(m, lr, weight_decay)), precision, accumulate, clip, ema, aux_weight)
-        self.config = dict(batch_size=batch_size, seed=seed, accumulate=accumulate, ema=ema, bf16=self.engine.bf16,
-                           processes=self.engine.world, **self.engine.settings)
+        self.config = dict(batch_size=batch_size*self.engine.world, seed=seed, accumulate=accumulate, ema=ema, bf16=self.engine.bf16,
+                           **self.engine.settings)
         self.progress, self.stop, self.last_loss = Progress(), None, torch.tensor(math.nan)
         self.log = MetricsLog(self.out/"metrics.jsonl" if self.out and self.engine.main else None)
         self._rng, self._goal = None, (1, None)
         if train is not None: self._lay_out(sampler, workers)
-        shown = (train if valid is None else valid) if self.engine.segments else None
+        shown = (None if isinstance(train, IterableDataset) else train) if valid is None else valid
+        shown = shown if self.engine.segments else None
         usual = usual_callbacks(self.out, shown, progress, tensorboard)
         self.callbacks = [*(usual if self.engine.main else []), *callbacks]
 
@@ -55,10 +58,18 @@ class _Parts:
 class _Run(_Parts):
     "The data in their order, and how much of the run is done"
     def _lay_out(self, sampler, workers: int | None) -> None:
-        self.data = self.train if hasattr(self.train, "set_epoch") else OwnItems(self.train, self.seed)
-        self.sampler = order_of(self.train, self.num_classes, sampler, self.seed)
+        if isinstance(self.train, IterableDataset): self.data = self.sampler = self._stream(sampler)
+        else:
+            self.data = self.train if hasattr(self.train, "set_epoch") else OwnItems(self.train, self.seed)
+            self.sampler = order_of(self.train, self.num_classes, sampler, self.seed)
         self.loader = self.engine.loader(self.data, self.batch_size, self.sampler, workers)
-        self.config["images"] = len(self.train)
+        self.config |= dict(images=len(self.train), **getattr(self.train, "settings", {}))
+        self.readers = [self.engine.world, self.loader.num_workers] if self.data is self.sampler else None
+
+    def _stream(self, sampler):
+        "A stream's batches for this process: it orders itself"
+        if sampler is None and hasattr(self.train, "batches"): return self.train.batches(self.batch_size, self.engine.rank, self.engine.world)
+        raise ValueError("a training set without an index orders itself: give no sampler, and take Shards (see write_shards)")
 
     @property
     def model(self) -> nn.Module: return self.engine.model
@@ -83,7 +94,8 @@ class _Saving(_Run):
     "All that must be remembered, and where it is written"
     def state(self) -> dict:
         "Tensors and plain values only"
-        return dict(config=self.config, progress=self.progress.to_dict(), rows=self.history,
+        self.progress.loss_sum = self.engine.mean(float(self.progress.loss_sum))
+        return dict(config=self.config, progress=self.progress.to_dict(), rows=self.history, readers=self.readers,
                     rng=self.engine.gather(rng_state()), **self.engine.state())
 
     def save(self, path: str | Path | None = None) -> Path:
@@ -106,17 +118,27 @@ class _Resuming(_Saving):
     "Going on from what was written"
     def resume(self, path: str | Path | None = None) -> "Learner":
         """Take up the run in the folder `path` where its last checkpoint stands; `fit` with the same epochs then ends in
-        the same weights, bit for bit on one machine, as if it had never stopped (with `minutes`: nearly so).
+        the same weights, bit for bit on one machine, as if it had never stopped (with `minutes`: nearly so; with another
+        number of processes: to rounding).
 
         FileNotFoundError, or ValueError for a damaged file, another model, or settings that differ from the saved ones.
         """
         if self.train is None: raise ValueError("a Learner without a training set cannot resume: Learner(model, train, ...)")
         state = load_state(path or self.out or "run")
         check_same_run(state["config"], self.config)
+        if state["progress"]["batch"] and (was := state.get("readers")) != self.readers:
+            raise ValueError(f"the run stopped in the middle of an epoch, of which [processes, workers] {was} read their parts: "
+                             f"resume with as many (these are {self.readers}), or from the end of an epoch")
         self.engine.load_state(state)
-        self.progress, self._rng = Progress.from_dict(state["progress"]), state["rng"][self.engine.rank]
+        self.progress, rngs = Progress.from_dict(state["progress"]), state["rng"]
+        self._rng = rngs[self.engine.rank] if self.engine.rank < len(rngs) else self._new_rng()
         self.log.replace(state["rows"])
         return self
+
+    def _new_rng(self) -> dict:
+        "For a process that the run did not have before"
+        seed_everything(self.seed + self.engine.rank)
+        return rng_state()
 
     @classmethod
     def load(cls, path: str | Path, train: Dataset | None = None, valid: Dataset | None = None, **settings) -> "Learner":
@@ -168,8 +190,8 @@ class _Stepping(_Scoring):
 
     def _learn(self, images: Tensor, labels: Tensor, *extra: Tensor) -> None:
         p, state = self.progress, self.out and self.out/"state.pt"
-        if p.images == 0 and self.engine.world == 1:
-            self.engine.check_first(self.train, self.sampler.order(), self.num_classes, images, labels, *extra)
+        if p.images == 0:
+            self.engine.check_first(self.train, self.sampler.order()[self.engine.rank*self.batch_size:], self.num_classes, images, labels, *extra)
         factor, every = self.schedule(self.fraction()), 1 if self.device.type == "cpu" else 20  # reading it makes a GPU wait
         check = (lambda loss: check_loss(loss, p, factor*self.engine.lr, state)) if p.step % every == 0 else None
         self.last_loss = self.engine.step(factor, images, labels, *extra, check=check)
@@ -196,7 +218,7 @@ class _Epochs(_Stepping):
 
     def _end_epoch(self) -> None:
         p = self.progress
-        row = dict(epoch=p.epoch + 1, step=p.step, images=p.images, loss=p.mean_loss(),
+        row = dict(epoch=p.epoch + 1, step=p.step, images=p.images, loss=self.engine.mean(p.mean_loss()),
                    lr=self.engine.optimizer.param_groups[0]["lr"], images_per_second=round(p.images_per_second(), 1))
         p.end_epoch()
         row |= self.engine.report() | self._validation()
@@ -220,7 +242,8 @@ class Learner(_Epochs):
     batches per update, gradients clipped to norm `clip`, `ema` the decay of averaged weights. `sampler`: None,
     'balanced' or your own. `workers` processes load data (None: none on a CPU). `save_every` steps the state is saved,
     besides every epoch. `eval_size` (height, width): at which size the model sees images when it is scored.
-    `validations`: how often, at the ends of epochs, at most. `engine` takes the steps: an Engine class, or a `partial` of one."""
+    `validations`: how often, at the ends of epochs, at most. Of several processes each takes `batch_size` images a step, and
+    with `sync_norms` batch norms count over all of them; a run may go on with another number of processes of as many images in all. `engine` takes the steps: an Engine class, or a `partial` of one."""
     def fit(self, epochs: int | None = None, minutes: float | None = None) -> "Learner":
         """Train until `epochs` are done in all, or `minutes` of wall time are over, whichever is first.
 
