@@ -136,8 +136,8 @@ def build(folder, names=()):
     for source in (NBS / "styles.css", *NBS.glob("*.bib")):
         shutil.copy(source, folder)
     colours = lambda style: HtmlFormatter(style=style).get_style_defs(".highlight")
-    (folder / "plain.css").write_text((HERE / "templates" / "plain.css").read_text(encoding="utf-8") + "\n" + colours("vs")
-                                      + "\n@media (prefers-color-scheme: dark) {\n" + colours("github-dark") + "\n}\n", encoding="utf-8")
+    (folder / "plain.css").write_text((HERE / "templates" / "plain.css").read_text(encoding="utf-8") + "\n" + colours("xcode")
+                                      + "\n@media (prefers-color-scheme: dark) {\n" + colours("monokai") + "\n}\n", encoding="utf-8")
     return written
 
 
