@@ -158,8 +158,8 @@ def anchors(path):
     return {html.unescape(a or b) for a, b in re.findall(r"""\s(?:id|name)=(?:"([^"]+)"|'([^']+)')""", path.read_text(encoding="utf-8"))}
 
 
-def links(browser, url, base, folder):
-    "Links within the site whose file or anchor is not there"
+def links(browser, url, base, folder, known=()):
+    "Links within the site whose file or anchor is not there; `known`: pages of the site that were not made this time"
     for href in browser.js("[...new Set([...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href')))]"):
         there = urlsplit(urljoin(url, href))
         if not urljoin(url, href).startswith(base) or href == "#":
@@ -167,14 +167,15 @@ def links(browser, url, base, folder):
         path = folder / (unquote(there.path).lstrip("/") or "index.html")
         path = path / "index.html" if path.is_dir() else path
         if not path.is_file():
-            yield f"link leads nowhere: {href}"
+            if path.name not in known:
+                yield f"link leads nowhere: {href}"
         elif there.fragment and path.suffix == ".html" and unquote(there.fragment) not in anchors(path):
             yield f"no such anchor: {href}"
 
 
 def too_wide(browser, pixels):
     "The page scrolls sideways; names what sticks out"
-    wide = browser.js("""(() => { const w = document.documentElement.clientWidth;
+    wide = browser.js("(() => { const w = %d;" % pixels + """
       if (document.documentElement.scrollWidth <= w + 1) return null;
       const clipped = e => { for (let p = e.parentElement; p && p !== document.body; p = p.parentElement)
         if (getComputedStyle(p).overflowX !== 'visible') return true; return false };
@@ -226,11 +227,11 @@ def paper(browser):
         yield "printing gives no PDF"
 
 
-def check(browser, url, base, folder, script=None):
+def check(browser, url, base, folder, script=None, known=()):
     "All problems of one page, in words"
     browser.width(DESKTOP)
     browser.open(url)
-    found = [*pictures(browser), *links(browser, url, base, folder), *keyboard(browser)]
+    found = [*pictures(browser), *links(browser, url, base, folder, known), *keyboard(browser)]
     found += rules(browser, script) if script else []
     browser.width(PHONE, 844)
     found += too_wide(browser, PHONE)
@@ -259,7 +260,7 @@ def serve(folder):
     return server, f"http://127.0.0.1:{server.server_port}/"
 
 
-def examine(folder, names=(), shots=None, seconds=None):
+def examine(folder, names=(), shots=None, seconds=None, known=()):
     "{page: problems} of the pages in a folder; stops early where `seconds` are over"
     folder, script, found, start = Path(folder), axe(), {}, time.monotonic()
     script = script.read_text(encoding="utf-8") + "\n;1" if script else None
@@ -270,7 +271,7 @@ def examine(folder, names=(), shots=None, seconds=None):
             for path in pages:
                 if seconds and found and time.monotonic() - start > seconds:
                     break
-                found[path.stem] = check(browser, base + path.name, base, folder, script)
+                found[path.stem] = check(browser, base + path.name, base, folder, script, known)
                 print(f"{path.stem:<20} {browser.sheets:3d} sheets  {'; '.join(found[path.stem]) or 'ok'}", flush=True)
                 if shots:
                     Path(shots).mkdir(parents=True, exist_ok=True)

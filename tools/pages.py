@@ -25,7 +25,7 @@ from nbdev.showdoc import BasicMarkdownRenderer
 from run_it import invitation
 
 CHAPTERS = {name for section in yaml.safe_load(Path("_quarto.yml").read_text())["website"]["sidebar"]["contents"]
-            if isinstance(section, dict) and section["section"] not in ("Tools", "Under the hood") for name in section["contents"]}
+            if isinstance(section, dict) and section["section"] not in ("Tools", "Reference", "Under the hood") for name in section["contents"]}
 
 
 def tidy(doc):

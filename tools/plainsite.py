@@ -4,7 +4,9 @@
 
 What quarto does with nbdev's directives is done here in small: hidden cells, folded code, alt text, links between pages, the
 table that says how to run a chapter. Formulas stay as they are written."""
+import functools
 import html
+import json
 import re
 import shutil
 import sys
@@ -86,14 +88,15 @@ def sidebar(here):
     return "".join(parts)
 
 
-def titles(known={}):
+@functools.cache
+def titles():
     "{notebook: title} of all pages, read once"
-    if not known:
-        for path in sorted(NBS.glob("*.ipynb")):
-            first = nbformat.read(path, as_version=4).cells[0].source
-            number = f"{int(path.stem[:2])} · " if path.stem[:2].isdigit() else ""
-            known[path.name] = number + first.split("\n")[0].lstrip("# ")
-    return known
+    found = {}
+    for path in sorted(NBS.glob("*.ipynb")):
+        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        number = f"{int(path.stem[:2])} · " if path.stem[:2].isdigit() else ""
+        found[path.name] = number + first.split("\n")[0].lstrip("# ")
+    return found
 
 
 def order():
