@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 FLAGS  ?=
 
-.PHONY: help course test outputs sync lint notebooks unit wheel site readme clean
+.PHONY: help course test outputs sync lint notebooks unit wheel site browser seconds readme clean
 
 help:
 	@sed -n '1,4p' Makefile
@@ -14,6 +14,8 @@ help:
 	@echo "  make sync lint notebooks unit    the parts of make test, one by one"
 	@echo "  make wheel     build wheel and sdist, install the wheel into a second environment, use it"
 	@echo "  make site      render the website where quarto is installed"
+	@echo "  make browser   open every page in Chromium and say what a reader would stumble over"
+	@echo "  make seconds   record what each chapter costs (make course | tee course.log; make seconds LOG=course.log)"
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +62,15 @@ readme: $(VENV)/.dev
 
 site: $(VENV)/.dev
 	$(BIN)/python tools/pages.py
+
+# Pages of _docs where make site has been there, else plain ones; axe-core comes from npm into a cache outside the repository
+browser: $(VENV)/.dev
+	@test -n "$(AXE)" -o -d $(HOME)/.cache/synseg/node_modules/axe-core || npm install --silent --no-fund --no-audit --prefix $(HOME)/.cache/synseg axe-core@4 || true
+	$(BIN)/python tools/browser.py $(PAGES)
+
+# make course | tee course.log, then make seconds LOG=course.log
+seconds: $(VENV)/.dev
+	$(BIN)/python tools/seconds.py $(LOG)
 
 clean:
 	rm -rf build dist _proc _docs course-out *.egg-info

@@ -20,7 +20,7 @@ class BuildWithCourse(build_py):
 
     def run(self):
         super().run()
-        for folder, pattern in (("nbs", "*.ipynb"), ("nbs/images", "*"), ("results", "*.json")):
+        for folder, pattern in (("nbs", "*.ipynb"), ("nbs", "*.bib"), ("nbs/images", "*"), ("results", "*.json")):
             target = Path(self.build_lib) / "synseg" / "course" / folder
             for source in sorted((ROOT / folder).glob(pattern)):
                 target.mkdir(parents=True, exist_ok=True)

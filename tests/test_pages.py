@@ -52,3 +52,10 @@ def test_every_page_is_prepared(tmp_path):
     assert re.search(r'title: .{0,2}2 .{1,6} Labels', labels), "chapters carry their number"
     one, other, source = (labels.index(s) for s in ("### one_hot", "### from_one_hot", "def one_hot(labels"))
     assert one < other < source, "entries in the order of their cell, then its source"
+    for page in made:
+        cells_ = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        invited = [k for k, cell in enumerate(cells_) if "Run this chapter" in "".join(cell["source"])]
+        assert invited == ([1] if page.stem[:2].isdigit() else []), f"{page.name}: how to run it stands below the title, once"
+    grid = "".join(json.loads((tmp_path / "_proc" / "44_gridnet.ipynb").read_text(encoding="utf-8"))["cells"][1]["source"])
+    assert "jupyter lab course/nbs/44_gridnet.ipynb" in grid and "/blob/main/nbs/44_gridnet.ipynb" in grid
+    assert "[13 Segmenter](13_segmenter.ipynb)" in grid and re.search(r"\d+ s on two|not recorded", grid)

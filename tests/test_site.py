@@ -8,7 +8,8 @@ import yaml
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 PAGES = sorted(NBS.glob("*.ipynb"))
-CHAPTERS = [p for p in PAGES if p.stem != "index"]
+CHAPTERS = [p for p in PAGES if p.stem[:2].isdigit()]
+PLAIN = [p for p in PAGES if p not in CHAPTERS]  # the home page, the glossary and their like: no number, no module
 LIMIT_KB = 600
 
 
@@ -78,6 +79,28 @@ def test_chapters_were_executed_and_check_themselves(path):
     assert any(re.search(r"^## Exercises", text(c), re.M) for c in cells(path, "markdown")), "exercises are missing"
     longest = max(len(text(c).splitlines()) for c in code)
     assert longest <= 45, f"a cell of {longest} lines"
+
+
+@pytest.mark.parametrize("path", PLAIN, ids=lambda p: p.stem)
+def test_plain_pages_belong_to_no_module_and_were_executed(path):
+    code = cells(path, "code")
+    assert not any(re.search(r"^#\| *(default_exp|exports?)\b", text(c), re.M) for c in code), "only chapters export"
+    asked = [c for c in code if not re.search(r"^#\| *(slow|gpu|eval: *false)", text(c), re.M)]
+    assert not asked or any(c["outputs"] for c in asked), "no outputs are stored: make outputs"
+    assert all(len(text(c).splitlines()) <= 45 for c in code)
+
+
+def test_the_map_has_the_parts_of_the_sidebar():
+    source = "\n".join(text(c) for c in cells(NBS / "index.ipynb", "code"))
+    parts = eval(re.search(r"^PARTS = (\{.*?\})$", source, re.M | re.S)[1])
+    site = yaml.safe_load((NBS / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    listed = {e["section"]: [int(p[:2]) for p in e["contents"]] for e in site
+              if isinstance(e, dict) and e["section"] not in ("Reference", "Under the hood")}
+    assert {name: sorted(numbers) for name, numbers in parts.items()} == {name: sorted(numbers) for name, numbers in listed.items()}
+    headings = re.findall(r"^### (.+)$", "\n".join(text(c) for c in cells(NBS / "index.ipynb", "markdown")), re.M)
+    assert headings[:len(parts)] == list(parts)
+    named = re.search(r"^PAPERS = (\{.*?\})$", source, re.M | re.S)[1]
+    assert all(any(p.stem.startswith(f"{n:02d}_") for p in CHAPTERS) for n in eval(named))
 
 
 def test_every_page_is_in_the_sidebar():

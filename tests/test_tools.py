@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import course  # noqa: E402
 import outputs  # noqa: E402
 import readme  # noqa: E402
+import run_it  # noqa: E402
+import seconds  # noqa: E402
 
 
 def code(source, *stored):
@@ -88,3 +90,24 @@ def test_readme_shows_code_and_answers_but_not_what_is_hidden():
     assert "secret" not in text and "table()" not in text and "| a |" in text
     assert "```python\nprint(1)\n```\n\n    1\n" in text
     assert "/unet.html" in text and "(nbs/images/a.png)" in text
+
+
+def test_seconds_are_read_from_the_log_of_each_command():
+    log = """chapter              seconds figures  headline
+00_core                 6.1       2  one forgotten seed moves
+44_gridnet             31.0      10
+44_gridnet           FAILED
+45_pretrained.ipynb: 27 secs
+96_notebooks.ipynb             24.6 s      17 kB
+99 chapters in 40.0 minutes.
+"""
+    assert seconds.parse(log) == {"00_core": 6.1, "44_gridnet": 31.0, "45_pretrained": 27.0, "96_notebooks": 24.6}
+    assert seconds.parse("no chapter here") == {}
+
+
+def test_a_chapter_says_how_it_is_run_and_other_pages_do_not():
+    text = run_it.invitation("44_gridnet.ipynb")
+    assert "synseg notebooks course && jupyter lab course/nbs/44_gridnet.ipynb" in text and run_it.COLAB + "/44_gridnet.ipynb" in text
+    assert run_it.invitation("index.ipynb") == run_it.invitation("glossary.ipynb") == ""
+    home = Path(run_it.COLAB.partition("/blob/main/")[2])
+    assert (ROOT / home / "44_gridnet.ipynb").is_file()

@@ -2,7 +2,7 @@
 
 Some things differ from plain nbdev_docs. Entries of the API are made from the installed module: no cell is run.
 The entries of a cell stand in its order, and its source below them. A command shows its help, not its signature.
-Names link within the site. Chapters carry their number. README.md is left alone (tools/readme.py writes it)."""
+Names link within the site. Chapters carry their number, and say how to run them. README.md is left alone (tools/readme.py writes it)."""
 import inspect
 import re
 import shutil
@@ -14,6 +14,7 @@ from typing import Annotated, get_origin
 
 import nbdev.serve
 import yaml
+from execnb.nbio import mk_cell
 from nbdev import processors as p
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
@@ -21,9 +22,10 @@ from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import Processor
 from nbdev.quarto import nbdev_docs
 from nbdev.showdoc import BasicMarkdownRenderer
+from run_it import invitation
 
 CHAPTERS = {name for section in yaml.safe_load(Path("_quarto.yml").read_text())["website"]["sidebar"]["contents"]
-            if isinstance(section, dict) and section["section"] not in ("Tools", "Under the hood") for name in section["contents"]}
+            if isinstance(section, dict) and section["section"] not in ("Tools", "Reference", "Under the hood") for name in section["contents"]}
 
 
 def tidy(doc):
@@ -58,6 +60,16 @@ class Numbered(FrontmatterProc):
         if name in CHAPTERS and "title" in self.fm:
             self.fm["title"] = f"{int(name[:2])} · {self.fm['title']}"
         super().end()
+
+
+class invite(Processor):
+    "How to run this chapter, what it costs and needs: the first thing below the title, on the page alone"
+
+    def end(self):
+        text = invitation(Path(self.nb.path_).name)
+        if text:
+            first = next((i for i, cell in enumerate(self.nb.cells, 1) if cell.cell_type == "raw"), 0)
+            self.nb.cells.insert(first, mk_cell(text, "markdown"))
 
 
 class from_module(Processor):
@@ -109,7 +121,7 @@ class Names(NbdevLookup):
 class Pages(p.FilterDefaults):
     def base_procs(self):
         ours = {FrontmatterProc: Numbered, p.exec_show_docs: from_module, p.mv_exports: arrange}
-        return [*(ours.get(proc, proc) for proc in super().base_procs()), as_page]
+        return [*(ours.get(proc, proc) for proc in super().base_procs()), as_page, invite]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def render(nb):
             parts.append(f"```python\n{code}\n```")
         parts += outputs(cell)
     text = "\n\n".join(p for p in parts if p) + "\n"
-    text = re.sub(r"\]\((\d\d_(\w+))\.ipynb", rf"]({SITE}/\2.html", text)
+    text = re.sub(r"\]\((?:\d\d_)?(\w+)\.ipynb", rf"]({SITE}/\1.html", text)
     return re.sub(r"\]\(images/", "](nbs/images/", text)
 
 

@@ -1,0 +1,35 @@
+"The glossary: in order, plain, and each word is in the chapter that it leads to"
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+NBS = Path(__file__).resolve().parents[1] / "nbs"
+TEXT = "\n".join("".join(c["source"]) for c in json.loads((NBS / "glossary.ipynb").read_text(encoding="utf-8"))["cells"])
+ENTRIES = re.findall(r"^\*\*([^*]+)\*\*: (.+) \[(\d+) ([^\]]+)\]\((\d\d_\w+)\.ipynb\)$", TEXT, re.M)
+
+
+def plain(text):
+    text = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(c for c in text if c.isalnum() or c == " ")
+
+
+def test_entries_are_many_alphabetical_and_short():
+    assert len(ENTRIES) == TEXT.count("\n**") and 70 <= len(ENTRIES) <= 110, "an entry is **word**: sentences [number title](link)"
+    terms = [plain(e[0]) for e in ENTRIES]
+    assert terms == sorted(set(terms))
+    for term, text, *_ in ENTRIES:
+        assert len(text.split()) <= 45 and text.endswith("."), term
+    heads = re.findall(r"^## (\w)$", TEXT, re.M)
+    assert heads == sorted({t[0].upper() for t in terms}), "one heading for each letter"
+
+
+@pytest.mark.parametrize("term,text,number,title,stem", ENTRIES, ids=[e[0] for e in ENTRIES])
+def test_the_chapter_of_a_word_knows_it(term, text, number, title, stem):
+    cells = json.loads((NBS / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert "".join(cells[0]["source"]).startswith(f"# {title}\n") and int(stem[:2]) == int(number)
+    body = plain(" ".join("".join(c["source"]) for c in cells))
+    missing = [word for word in plain(term).split() if word[:5] not in body]
+    assert not missing, f"{stem} says nothing of {missing}"
