@@ -67,7 +67,7 @@ def copy_course(folder: str | Path, format: str = "ipynb", force: bool = False) 
     ValueError for another format, FileExistsError where a chapter is there already and `force` is not asked for."""
     if format not in ("ipynb", "py", "md"): raise ValueError(f"the format is {format!r}; expected ipynb, py or md")
     home, folder = course_home(), Path(folder)
-    chapters = sorted((home / "nbs").glob("[0-9i]*.ipynb"))
+    chapters = sorted((home / "nbs").glob("[0-9it]*.ipynb"))
     targets = [folder / "nbs" / f"{path.stem}.{format}" for path in chapters]
     there = [t for t in targets if t.exists()]
     if there and not force:

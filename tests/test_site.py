@@ -8,7 +8,7 @@ import yaml
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 PAGES = sorted(NBS.glob("*.ipynb"))
-CHAPTERS = [p for p in PAGES if p.stem != "index"]
+CHAPTERS = [p for p in PAGES if re.match(r"\d\d_", p.name)]  # the others are plain pages: no number, no module
 LIMIT_KB = 600
 
 
