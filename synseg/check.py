@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['test_same', 'expect_fail', 'count_parameters', 'TraceRow', 'Trace', 'trace', 'receptive_map', 'receptive_field',
-           'check_segmenter']
+           'check_segmenter', 'answer_key', 'check_answer']
 
 # %% ../nbs/01_check.ipynb #d186f509
-import contextlib, copy, html
+import contextlib, copy, hashlib, html, math, re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -251,3 +251,25 @@ def check_segmenter(build, num_classes: int = 5, in_channels: int = 3, sizes=((6
         report = dict(parameters=count_parameters(model))
         if images is not None: report |= _check_learning(build(), images, labels, steps, lr, batch_size)
     return report
+
+# %% ../nbs/01_check.ipynb #07fd7da0
+def _digest(answer, step: float, salt: str) -> str:
+    "Hash of a number's nearest multiple of `step`, or of words, signs and capitals aside; true and yes are one, so are 65 and 65.0"
+    answer = round(answer / step) if step else int(answer) if isinstance(answer, float) and answer.is_integer() else answer
+    text = " ".join(re.findall(r"[^\W_]+(?:[.]\d+)?|-(?=\d)", str(answer).casefold()))
+    return hashlib.sha256(f"{salt}|{dict(true='yes', false='no').get(text, text)}".encode()).hexdigest()[:12]
+
+def answer_key(exercise: str, *answers, step: float = 0) -> str:
+    "Made by who sets the question: the exercise, such as '14.1', and a hash of each answer that counts as right"
+    return ":".join([exercise, *(_digest(a, step, exercise) for a in answers)])
+
+def check_answer(mine, key, step: float = 0) -> None:
+    "Print whether `mine` (None: not tried yet) is right, by `answer_key` or a judging function; numbers may be off by a `step`"
+    mine = getattr(mine, "tolist", lambda: mine)()
+    exercise, *right = ["exercise"] if callable(key) else f"exercise {key}".split(":")
+    near = lambda m: [round(m / step) + k for k in (-1, 0, 1)] if step else [m]
+    judge = key if callable(key) else lambda m: {_digest(n, step and 1, exercise[9:]) for n in near(m)} & {*right}
+    if mine is None: verdict = "not tried yet"
+    elif step and not (isinstance(mine, (int, float)) and abs(mine) < math.inf): verdict = f"not yet: a number is wanted, not {mine!r}"
+    else: verdict = "right" if judge(mine) else f"not yet: {mine!r} is not it. Open the hint, then try again"
+    print(f"{exercise}: {verdict}")

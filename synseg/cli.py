@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from .browse import data_app
-from .console import TYPER, checkpoint, crf_layer, parse_options, parse_size, parse_view, plain
+from .console import TYPER, checkpoint, crf_layer, parse_options, parse_size, parse_view, plain, run_and_photos
 from .experiments import benchmark, recipe_app
 
 # %% ../nbs/92_cli.ipynb #1f1fa12c
@@ -152,8 +152,8 @@ def _evaluation_data(run: str, data, root, split, domain, images, size, channels
 @app.command()
 @plain
 def predict(
-    run: Annotated[str, typer.Argument(help="the --out folder of synseg train, a .safetensors file, or 'scenes'")],
-    photos: Annotated[list[Path], typer.Argument(help="photographs of any size, folders of them, films")],
+    words: Annotated[list[str], typer.Argument(metavar="[RUN] PHOTOS...", help="photographs of any size, folders of them, films; before them "
+        "the --out folder of synseg train or a .safetensors file (default: the network that ships with synseg)")],
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("out"),
     size: Annotated[Optional[str], typer.Option(help="what the network sees: a shorter side in pixels, or 'full'; default: as it was trained")] = None,
     tile: Annotated[Optional[int], typer.Option(help="side of the tiles: bounds memory, does not change the answer")] = None,
@@ -166,13 +166,15 @@ def predict(
 
     \b
     Example:
+      synseg predict photo.jpg
       synseg predict runs/camvid photo.jpg --out out/ --tta
       synseg predict runs/camvid film.gif --out out/ --alpha 0.5
     """
     from synseg.core import default_device
     from synseg.inference import as_image, halo_for, predict as segment
-    from synseg.stream import moving
+    from synseg.stream import FILMS, PHOTOS, moving
     from synseg.zoo import load_model
+    run, photos = run_and_photos(words, PHOTOS | FILMS | {".gif"})
     if any(map(moving, photos)) and (tile or tta or crf):
         raise ValueError("--tile, --tta and --crf are for single photographs: name these one by one, as in FOLDER/*.jpg")
     model = load_model(checkpoint(run)).to(default_device())
@@ -188,7 +190,7 @@ def predict(
         _write_pictures(out, photo.stem, image, labels, space)
         found = sorted(((float((labels == k).double().mean()), n) for k, n in enumerate(space.names)), reverse=True)
         typer.echo(f"{photo}: " + ", ".join(f"{n} {100 * share:.0f} %" for share, n in found[:5] if share >= 0.005))
-    typer.echo(f"pictures are in {out}")
+    typer.echo(f"pictures are in {out}: NAME_overlay.png is the one to look at")
 
 # %% ../nbs/92_cli.ipynb #5701c56b
 def _display_space(model):

@@ -1,4 +1,5 @@
 "The instruments of the course: each must notice what it is there to notice"
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -257,3 +258,48 @@ def test_a_network_that_cannot_descend_is_caught():
     noise = torch.rand(6, 3, 64, 64)
     with pytest.raises(AssertionError, match="it does not learn|the loss is"):
         check_segmenter(Tiny, images=noise, labels=noise.max(1).indices, lr=-0.0, steps=3)
+
+
+def said(mine, *args, **options):
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    from synseg.check import check_answer
+    with redirect_stdout(StringIO()) as out:
+        assert check_answer(mine, *args, **options) is None
+    return out.getvalue().strip()
+
+
+@pytest.mark.parametrize("right, same, other", [
+    (42, [42.0, torch.tensor(42), "42", np.int64(42)], [41, -42, "forty", float("nan"), [42, 1]]),
+    ((65, 96), [[65, 96], "65, 96", torch.tensor([65, 96]), "(65, 96)"], [(96, 65), 65]),
+    ("mean IoU", ["Mean-IoU", "mean_iou", " mean iou. "], ["meaniou", "iou mean", ""]),
+    (True, ["yes", "Yes!", True], ["no", False, 1]),
+    (-3, [-3.0, "-3"], [3]),
+])
+def test_answers_are_judged_without_being_shown(right, same, other):
+    from synseg.check import answer_key
+    key = answer_key("7.1", right)
+    assert str(right) not in key and key != answer_key("7.2", right).replace("7.2", "7.1"), "salted"
+    assert said(None, key) == "exercise 7.1: not tried yet"
+    for mine in same:
+        assert said(mine, key) == "exercise 7.1: right", mine
+    for mine in other:
+        assert said(mine, key).startswith("exercise 7.1: not yet"), mine
+
+
+def test_answers_within_a_step():
+    from synseg.check import answer_key
+    key = answer_key("7.1", 0.6703, step=0.01)
+    for mine in (0.67, 0.665, 0.678, np.float32(0.67), torch.tensor(0.67)):
+        assert said(mine, key, step=0.01).endswith(": right"), mine
+    for mine in (0.65, 0.69, 67, 0, -0.67):
+        assert said(mine, key, step=0.01).endswith("then try again"), mine
+    for mine in ("two thirds", float("nan"), float("inf"), [0.67]):
+        assert "a number is wanted" in said(mine, key, step=0.01)
+
+
+def test_answers_judged_by_a_function():
+    assert said(3, lambda m: m % 2 == 1) == "exercise: right"
+    assert said(4, lambda m: m % 2 == 1).startswith("exercise: not yet: 4")
+    assert said(None, lambda m: 1 / 0) == "exercise: not tried yet"
