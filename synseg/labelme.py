@@ -6,4 +6,3 @@
 __all__ = []
 
 # %% ../nbs/36_labelme.ipynb #b11bf72b
-import torch

@@ -8,7 +8,7 @@ __all__ = ['RAMP', 'ORANGE', 'GREY', 'DRAW', 'STYLE', 'SHELL', 'OVERLAP', 'GRIDD
            'field', 'receptive_fields', 'scene', 'blur', 'borders', 'animate_operator', 'Page', 'before_after', 'live',
            'explore']
 
-# %% ../nbs/35_microscope.ipynb #447885fe
+# %% ../nbs/35_microscope.ipynb #669764ec
 import base64, importlib.util, inspect, io, itertools, json, os, sys
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -17,7 +17,7 @@ from PIL import Image
 
 from .show import as_picture
 
-# %% ../nbs/35_microscope.ipynb #9c0d9ec4
+# %% ../nbs/35_microscope.ipynb #90066e37
 RAMP = ("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b")  # from light to dark, by number
 ORANGE, GREY = "#e69f00", "#dddddd"
 
@@ -33,25 +33,16 @@ def draw(cells: Sequence, width: int, height: int, words: str) -> str:
         ink = "#fff" if colour in RAMP[3:] else "#000"
         if text != "": out.append(f'<text x="{x + w // 2}" y="{y + h // 2 + 4}" fill="{ink}">{text}</text>')
     return "".join([*out, "</svg>"])
-
-DRAW = """const RAMP=["#f7fbff","#c6dbef","#6baed6","#2171b5","#08306b"],ORANGE="#e69f00",GREY="#dddddd",I=Math.floor;
-const shade=(v,m)=>RAMP[I(4*v/Math.max(m,1))];
-function draw(cells,W,H,words){let o=`<svg viewBox="0 0 ${W} ${H}" role="img" aria-label="${words}">`;
-for(const [x,y,w,h,c,t] of cells){o+=`<rect x="${x}" y="${y}" width="${w}" height="${h}" fill="${c}"/>`;
+DRAW = """const RAMP=["#f7fbff","#c6dbef","#6baed6","#2171b5","#08306b"],ORANGE="#e69f00",GREY="#dddddd",I=Math.floor;const shade=(v,m)=>RAMP[I(4*v/Math.max(m,1))];function draw(cells,W,H,words){let o=`<svg viewBox="0 0 ${W} ${H}" role="img" aria-label="${words}">`;for(const [x,y,w,h,c,t] of cells){o+=`<rect x="${x}" y="${y}" width="${w}" height="${h}" fill="${c}"/>`;
 if(t!=="")o+=`<text x="${x+I(w/2)}" y="${y+I(h/2)+4}" fill="${RAMP.indexOf(c)>2?"#fff":"#000"}">${t}</text>`}return o+"</svg>"}"""
 
-# %% ../nbs/35_microscope.ipynb #a0da617f
+# %% ../nbs/35_microscope.ipynb #63db441b
 STYLE = ("#{i}{{max-width:34rem}}#{i} svg{{width:100%;max-width:{wide}px;display:block;font:11px sans-serif;text-anchor:middle;background:#fff}}#{i} rect"
          "{{stroke:#8886;stroke-width:.5}}#{i} label{{display:inline-block;margin:0 1rem .4rem 0}}#{i} :focus-visible{{outline:3px solid #e69f00}}"
          "#{i} button,#{i} select{{font:inherit;margin-right:.3rem;min-height:2rem}}#{i} input{{vertical-align:middle;accent-color:#0072B2;width:9rem}}")
-SHELL = """const R=document.getElementById(ID);if(!R)return;const C=[...R.querySelectorAll("[name]")],P=R.querySelector("p"),S=R.querySelector("div+div");
-const show=()=>{const p={};for(const c of C){p[c.name]=c.tagName=="INPUT"?+c.value:c.value;const o=c.parentNode.querySelector("output");if(o)o.textContent=c.value}
-const a=model(p);S.innerHTML=draw(...a);P.textContent=a[3]};
-const T=C.find(c=>c.name=="step");let timer=0;const move=d=>{const n=+T.max+1;T.value=(+T.value+d+n)%n;show()};
-const stop=()=>{clearInterval(timer);timer=0;P.setAttribute("aria-live","polite");const b=R.querySelector("[data-d='0']");if(b)b.textContent="Play"};
-R.querySelectorAll("button").forEach(b=>b.onclick=()=>{const d=+b.dataset.d;if(d||timer){stop();if(d)move(d);return}
-P.setAttribute("aria-live","off");b.textContent="Pause";timer=setInterval(()=>document.contains(R)?move(1):stop(),matchMedia("(prefers-reduced-motion: reduce)").matches?2000:450)});
-C.forEach(c=>c.oninput=show);R.querySelector("div").hidden=false;show();"""
+SHELL = """const R=document.getElementById(ID);if(!R)return;const C=[...R.querySelectorAll("[name]")],P=R.querySelector("p"),S=R.querySelector("div+div");const show=()=>{const p={};for(const c of C){p[c.name]=c.tagName=="INPUT"?+c.value:c.value;const o=c.parentNode.querySelector("output");if(o)o.textContent=c.value} const a=model(p);S.innerHTML=draw(...a);P.textContent=a[3]};
+const T=C.find(c=>c.name=="step");let timer=0;const move=d=>{const n=+T.max+1;T.value=(+T.value+d+n)%n;show()};const stop=()=>{clearInterval(timer);timer=0;P.setAttribute("aria-live","polite");const b=R.querySelector("[data-d='0']");if(b)b.textContent="Play"};R.querySelectorAll("button").forEach(b=>b.onclick=()=>{const d=+b.dataset.d;if(d||timer){stop();if(d)move(d);return}
+P.setAttribute("aria-live","off");b.textContent="Pause";timer=setInterval(()=>document.contains(R)?move(1):stop(),matchMedia("(prefers-reduced-motion: reduce)").matches?2000:450)});C.forEach(c=>c.oninput=show);R.querySelector("div").hidden=false;show();"""
 _count = itertools.count(1)
 
 class Widget:
@@ -65,11 +56,8 @@ class Widget:
         self.title, self.model, self.script, self.controls, self.wide = title, model, script, controls, wide
 
     def state(self, **given) -> dict: return {name: first for name, (_, _, first) in self.controls.items()} | given
-
     def words(self, **given) -> str: return self.model(**self.state(**given))[3]
-
     def picture(self, **given) -> str: return draw(*self.model(**self.state(**given)))
-
     def __repr__(self) -> str: return f"{self.title}. {self.words()}"
 
     def _control(self, name: str) -> str:
@@ -90,7 +78,7 @@ class Widget:
                 f'<div>{self.picture()}</div><p aria-live="polite">{self.words()}</p><noscript>Without scripts this picture stays as it is.</noscript></div>'
                 f"<script>{script}</script>")
 
-# %% ../nbs/35_microscope.ipynb #58284d70
+# %% ../nbs/35_microscope.ipynb #edf82676
 def overlap_counts(kernel: int, stride: int, inputs: int = 6) -> list[int]:
     "How many of `inputs` stamps reach each pixel of a transposed convolution's output, along one axis"
     return [sum(0 <= i - j * stride < kernel for j in range(inputs)) for i in range((inputs - 1) * stride + kernel)]
@@ -104,20 +92,15 @@ def _overlap(kernel: str, stride: str):
     inner = sorted({a * b for a in phases for b in phases})
     says = "no chessboard away from the border" if len(inner) == 1 else "a chessboard" if inner[0] else "a chessboard with holes"
     return cells, 20 * len(counts), 20 * len(counts), f"Kernel {k}, stride {s}: in the middle, pixels get {', '.join(map(str, inner))} stamps: {says}."
-
-OVERLAP = """function overlapCounts(k,s,n){const o=[];for(let i=0;i<(n-1)*s+k;i++){let c=0;for(let j=0;j<n;j++)if(i-j*s>=0&&i-j*s<k)c++;o.push(c)}return o}
-function model(p){const k=+p.kernel,s=+p.stride,c=overlapCounts(k,s,6).slice(0,15),m=Math.max(...c)**2,cells=[],f=[];
-c.forEach((a,y)=>c.forEach((b,x)=>cells.push([20*x,20*y,20,20,shade(a*b,m),a*b])));
-for(let r=0;r<s;r++)f.push(Math.max(0,Math.ceil((k-r)/s)));
-const inner=[...new Set(f.flatMap(a=>f.map(b=>a*b)))].sort((a,b)=>a-b),says=inner.length==1?"no chessboard away from the border":inner[0]?"a chessboard":"a chessboard with holes";
-return[cells,20*c.length,20*c.length,`Kernel ${k}, stride ${s}: in the middle, pixels get ${inner.join(", ")} stamps: ${says}.`]}"""
+OVERLAP = """function overlapCounts(k,s,n){const o=[];for(let i=0;i<(n-1)*s+k;i++){let c=0;for(let j=0;j<n;j++)if(i-j*s>=0&&i-j*s<k)c++;o.push(c)}return o} function model(p){const k=+p.kernel,s=+p.stride,c=overlapCounts(k,s,6).slice(0,15),m=Math.max(...c)**2,cells=[],f=[];c.forEach((a,y)=>c.forEach((b,x)=>cells.push([20*x,20*y,20,20,shade(a*b,m),a*b])));for(let r=0;r<s;r++)f.push(Math.max(0,Math.ceil((k-r)/s)));
+const inner=[...new Set(f.flatMap(a=>f.map(b=>a*b)))].sort((a,b)=>a-b),says=inner.length==1?"no chessboard away from the border":inner[0]?"a chessboard":"a chessboard with holes";return[cells,20*c.length,20*c.length,`Kernel ${k}, stride ${s}: in the middle, pixels get ${inner.join(", ")} stamps: ${says}.`]}"""
 
 def chessboard(kernel: int = 3, stride: int = 2) -> Widget:
     "Counts of the stamps of a transposed convolution; kernel 1 to 7, stride 1 to 4, else ValueError"
     return Widget("Chessboards of a transposed convolution", _overlap, OVERLAP,
                   dict(kernel=("Kernel", [str(v) for v in range(1, 8)], str(kernel)), stride=("Stride", list("1234"), str(stride))))
 
-# %% ../nbs/35_microscope.ipynb #67c738d9
+# %% ../nbs/35_microscope.ipynb #181ed9be
 def tap_counts(rates: Sequence[int]) -> list[int]:
     "Ways from each input position to one output of 3-tap layers with these rates (0: no layer), along one axis"
     reach = sum(rates)
@@ -133,13 +116,8 @@ def _gridding(**rates):
     cells = [(c * x, c * y, c, c, shade(max(a * b, most // 4), most), "") for y, a in enumerate(ways) for x, b in enumerate(ways) if a * b]
     says = "no holes" if live == n else f"{n * n - live * live} are never seen"
     return cells, c * n, c * n, f"Rates {', '.join(rates.values())}: a window of {n} by {n} pixels, {live * live} of {n * n} are live taps, {says}."
-
-GRIDDING = """function tapCounts(rates){const R=rates.reduce((a,b)=>a+b,0);let w=Array(2*R+1).fill(0);w[R]=1;
-for(const r of rates)if(r)w=w.map((v,i)=>(w[i-r]||0)+v+(w[i+r]||0));return w}
-function model(p){const names=["first","second","third"],w=tapCounts(names.map(k=>+p[k])),n=w.length,m=Math.max(...w)**2,live=w.filter(v=>v>0).length,c=I(300/n),cells=[];
-w.forEach((a,y)=>w.forEach((b,x)=>{if(a*b)cells.push([c*x,c*y,c,c,shade(Math.max(a*b,I(m/4)),m),""])}));
-const says=live==n?"no holes":`${n*n-live*live} are never seen`;
-return[cells,c*n,c*n,`Rates ${names.map(k=>p[k]).join(", ")}: a window of ${n} by ${n} pixels, ${live*live} of ${n*n} are live taps, ${says}.`]}"""
+GRIDDING = """function tapCounts(rates){const R=rates.reduce((a,b)=>a+b,0);let w=Array(2*R+1).fill(0);w[R]=1;for(const r of rates)if(r)w=w.map((v,i)=>(w[i-r]||0)+v+(w[i+r]||0));return w} function model(p){const names=["first","second","third"],w=tapCounts(names.map(k=>+p[k])),n=w.length,m=Math.max(...w)**2,live=w.filter(v=>v>0).length,c=I(300/n),cells=[];
+w.forEach((a,y)=>w.forEach((b,x)=>{if(a*b)cells.push([c*x,c*y,c,c,shade(Math.max(a*b,I(m/4)),m),""])}));const says=live==n?"no holes":`${n*n-live*live} are never seen`;return[cells,c*n,c*n,`Rates ${names.map(k=>p[k]).join(", ")}: a window of ${n} by ${n} pixels, ${live*live} of ${n*n} are live taps, ${says}.`]}"""
 
 def gridding(rates: Sequence[int] = (2, 2, 2)) -> Widget:
     "Which pixels three dilated 3x3 layers see; rates 0 (no layer) to 6, else ValueError"
@@ -147,7 +125,7 @@ def gridding(rates: Sequence[int] = (2, 2, 2)) -> Widget:
     return Widget("Holes of dilated convolutions", _gridding, GRIDDING,
                   {name: (f"Rate of the {name}", list("0123456"), str(r)) for name, r in zip(names, rates, strict=True)})
 
-# %% ../nbs/35_microscope.ipynb #e8654083
+# %% ../nbs/35_microscope.ipynb #2278da8e
 LAYERS = {"none": (1, 1, 1), "1x1": (1, 1, 1), "3x3": (3, 1, 1), "3x3 stride 2": (3, 2, 1), "3x3 dilation 2": (3, 1, 2), "3x3 dilation 4": (3, 1, 4),
           "5x5": (5, 1, 1), "7x7 stride 2": (7, 2, 1), "pool 2": (2, 2, 1)}
 
@@ -169,24 +147,16 @@ def _field(**names):
         cells += [(step * u * j + step * (span - 1) // 2, 30 * i, step, 20, RAMP[3] if i < len(rows) - 1 or not layers else ORANGE, "") for u in sorted(units)]
     return (cells, step * size, 30 * len(rows) - 10, f"{len(layers)} layers: the output sees {size} input pixels a side and uses {len(rows[0])} of them; "
             f"neighbours lie {jump} pixels apart, the first is centred at pixel {start:g}.")
-
-FIELD = """const LAYERS=LAYERS_JSON;
-function field(layers){let size=1,jump=1;for(const [k,s,d] of layers){size+=(k-1)*d*jump;jump*=s}return[size,jump,(size-1)/2]}
-function model(p){const layers=["first","second","third","fourth"].map(n=>p[n]).filter(n=>n!="none").map(n=>LAYERS[n]),[size,jump,start]=field(layers),
-step=Math.max(I(300/size),2);let units=[0];const rows=[units],cells=[];
-for(const [k,s,d] of [...layers].reverse()){const u=new Set();for(const a of units)for(let t=0;t<k;t++)u.add(a*s+t*d);units=[...u];rows.unshift(units)}
-for(let x=0;x<size;x++)cells.push([step*x,0,step,20,RAMP[1],""]);
-rows.forEach((us,i)=>{const [span,j]=field(layers.slice(0,i));for(const u of [...us].sort((a,b)=>a-b))
-cells.push([step*u*j+I(step*(span-1)/2),30*i,step,20,i<rows.length-1||!layers.length?RAMP[3]:ORANGE,""])});
-return[cells,step*size,30*rows.length-10,`${layers.length} layers: the output sees ${size} input pixels a side and uses ${rows[0].length} of them; `+
-`neighbours lie ${jump} pixels apart, the first is centred at pixel ${start}.`]}""".replace("LAYERS_JSON", json.dumps(LAYERS))
+FIELD = """const LAYERS=LAYERS_JSON;function field(layers){let size=1,jump=1;for(const [k,s,d] of layers){size+=(k-1)*d*jump;jump*=s}return[size,jump,(size-1)/2]} function model(p){const layers=["first","second","third","fourth"].map(n=>p[n]).filter(n=>n!="none").map(n=>LAYERS[n]),[size,jump,start]=field(layers),step=Math.max(I(300/size),2);let units=[0];const rows=[units],cells=[];
+for(const [k,s,d] of [...layers].reverse()){const u=new Set();for(const a of units)for(let t=0;t<k;t++)u.add(a*s+t*d);units=[...u];rows.unshift(units)} for(let x=0;x<size;x++)cells.push([step*x,0,step,20,RAMP[1],""]);rows.forEach((us,i)=>{const [span,j]=field(layers.slice(0,i));for(const u of [...us].sort((a,b)=>a-b)) cells.push([step*u*j+I(step*(span-1)/2),30*i,step,20,i<rows.length-1||!layers.length?RAMP[3]:ORANGE,""])});
+return[cells,step*size,30*rows.length-10,`${layers.length} layers: the output sees ${size} input pixels a side and uses ${rows[0].length} of them; `+`neighbours lie ${jump} pixels apart, the first is centred at pixel ${start}.`]}""".replace("LAYERS_JSON", json.dumps(LAYERS))
 
 def receptive_fields(layers: Sequence[str] = ("3x3", "3x3 stride 2", "3x3 dilation 2", "none")) -> Widget:
     "A stack of up to four layers, each a name in `LAYERS`, else ValueError: what one output sees"
     names = ("first", "second", "third", "fourth")
     return Widget("Receptive field of a stack", _field, FIELD, {n: (f"{n.title()} layer", list(LAYERS), v) for n, v in zip(names, layers, strict=True)})
 
-# %% ../nbs/35_microscope.ipynb #d64f91d1
+# %% ../nbs/35_microscope.ipynb #05a9644c
 BORDERS = ("valid", "zeros", "reflect", "replicate")
 
 def scene(n: int = 14) -> list[list[int]]:
@@ -214,15 +184,9 @@ def _border(border: str, kernel: str, layers: int):
     told = f"{m * m - max(m - 2 * edge, 0) ** 2} of {m * m} pixels have seen padding, and the corner went from {first[0][0]} to {out[0][0]}" if edge else \
         f"{n * n - m * m} of {n * n} pixels are lost and none has seen padding"
     return cells, 20 * n, 20 * n, f"{border}, {layers} layers of {k} by {k}: {told}."
-
-BORDER = """function scene(n){const o=[];for(let y=0;y<n;y++){const r=[];for(let x=0;x<n;x++)r.push(80+9*x+40*(y>I(n/2)));o.push(r)}return o}
-function blur(pic,k,b){const n=pic.length,r=I(k/2),at=i=>b=="reflect"&&i<0?-i:b=="reflect"&&i>=n?2*n-2-i:Math.min(Math.max(i,0),n-1),
-value=(y,x)=>b=="zeros"&&!(y>=0&&y<n&&x>=0&&x<n)?0:pic[at(y)][at(x)],lo=b=="valid"?r:0,o=[];
-for(let y=lo;y<n-lo;y++){const row=[];for(let x=lo;x<n-lo;x++){let s=0;for(let i=-r;i<=r;i++)for(let j=-r;j<=r;j++)s+=value(y+i,x+j);row.push(I(s/(k*k)))}o.push(row)}return o}
-function model(p){const k=+p.kernel,L=+p.layers,first=scene(14);let out=first;for(let i=0;i<L;i++)out=blur(out,k,p.border);
-const n=14,m=out.length,edge=p.border=="valid"?0:L*I(k/2),lost=I((n-m)/2),cells=[];
-out.forEach((row,y)=>row.forEach((v,x)=>cells.push([20*(x+lost),20*(y+lost),20,20,`rgb(${v},${v},${v})`,edge<=x&&x<m-edge&&edge<=y&&y<m-edge?"":"·"])));
-const told=edge?`${m*m-Math.max(m-2*edge,0)**2} of ${m*m} pixels have seen padding, and the corner went from ${first[0][0]} to ${out[0][0]}`:`${n*n-m*m} of ${n*n} pixels are lost and none has seen padding`;
+BORDER = """function scene(n){const o=[];for(let y=0;y<n;y++){const r=[];for(let x=0;x<n;x++)r.push(80+9*x+40*(y>I(n/2)));o.push(r)}return o} function blur(pic,k,b){const n=pic.length,r=I(k/2),at=i=>b=="reflect"&&i<0?-i:b=="reflect"&&i>=n?2*n-2-i:Math.min(Math.max(i,0),n-1),value=(y,x)=>b=="zeros"&&!(y>=0&&y<n&&x>=0&&x<n)?0:pic[at(y)][at(x)],lo=b=="valid"?r:0,o=[];
+for(let y=lo;y<n-lo;y++){const row=[];for(let x=lo;x<n-lo;x++){let s=0;for(let i=-r;i<=r;i++)for(let j=-r;j<=r;j++)s+=value(y+i,x+j);row.push(I(s/(k*k)))}o.push(row)}return o} function model(p){const k=+p.kernel,L=+p.layers,first=scene(14);let out=first;for(let i=0;i<L;i++)out=blur(out,k,p.border);const n=14,m=out.length,edge=p.border=="valid"?0:L*I(k/2),lost=I((n-m)/2),cells=[];
+out.forEach((row,y)=>row.forEach((v,x)=>cells.push([20*(x+lost),20*(y+lost),20,20,`rgb(${v},${v},${v})`,edge<=x&&x<m-edge&&edge<=y&&y<m-edge?"":"·"])));const told=edge?`${m*m-Math.max(m-2*edge,0)**2} of ${m*m} pixels have seen padding, and the corner went from ${first[0][0]} to ${out[0][0]}`:`${n*n-m*m} of ${n*n} pixels are lost and none has seen padding`;
 return[cells,20*n,20*n,`${p.border}, ${L} layers of ${k} by ${k}: ${told}.`]}"""
 
 def borders(border: str = "zeros", kernel: int = 3, layers: int = 2) -> Widget:
@@ -230,7 +194,7 @@ def borders(border: str = "zeros", kernel: int = 3, layers: int = 2) -> Widget:
     return Widget("Crop or pad", _border, BORDER, dict(border=("Border", BORDERS, border), kernel=("Kernel", ["3", "5"], str(kernel)),
                                                        layers=("Layers", range(1, 4), layers)))
 
-# %% ../nbs/35_microscope.ipynb #633c48ad
+# %% ../nbs/35_microscope.ipynb #f9ee1286
 OPERATORS = ("convolution", "transposed convolution")
 
 def _operator(operator: str, kernel: str, stride: str, dilation: str, step: int):
@@ -247,13 +211,8 @@ def _operator(operator: str, kernel: str, stride: str, dilation: str, step: int)
     told = f"output row {y + 1}, column {x + 1} reads {k * k} pixels from row {y * s + 1}, column {x * s + 1} on" if forward else \
         f"input row {y + 1}, column {x + 1} adds {k * k} values to the output from row {y * s + 1}, column {x * s + 1} on"
     return cells, 16 * (n + m) + 20, 16 * max(n, m), f"{operator}, kernel {k}, stride {s}, dilation {d}, {n} by {n} to {m} by {m}: {told}."
-
-OPERATOR = """function model(p){const k=+p.kernel,s=+p.stride,d=+p.dilation,span=(k-1)*d+1,fwd=p.operator=="convolution",n=fwd?7:4,m=fwd?I((n-span)/s)+1:(n-1)*s+span;
-if(m<1)return[[],300,20,`A kernel that spans ${span} pixels does not fit into ${n}.`];
-const walk=fwd?m:n,y=I(p.step/walk)%walk,x=p.step%walk,win=(r,c)=>{const i=r-y*s,j=c-x*s;return i>=0&&j>=0&&i<span&&j<span&&i%d==0&&j%d==0},one=(r,c)=>r==y&&c==x,cells=[];
-const grid=(size,lit,left)=>{for(let r=0;r<size;r++)for(let c=0;c<size;c++)cells.push([left+16*c,16*r,16,16,lit(r,c)?ORANGE:GREY,""])};
-grid(n,fwd?win:one,0);grid(m,fwd?one:win,16*n+20);
-const at=`from row ${y*s+1}, column ${x*s+1} on`,told=fwd?`output row ${y+1}, column ${x+1} reads ${k*k} pixels ${at}`:`input row ${y+1}, column ${x+1} adds ${k*k} values to the output ${at}`;
+OPERATOR = """function model(p){const k=+p.kernel,s=+p.stride,d=+p.dilation,span=(k-1)*d+1,fwd=p.operator=="convolution",n=fwd?7:4,m=fwd?I((n-span)/s)+1:(n-1)*s+span;if(m<1)return[[],300,20,`A kernel that spans ${span} pixels does not fit into ${n}.`];const walk=fwd?m:n,y=I(p.step/walk)%walk,x=p.step%walk,win=(r,c)=>{const i=r-y*s,j=c-x*s;return i>=0&&j>=0&&i<span&&j<span&&i%d==0&&j%d==0},one=(r,c)=>r==y&&c==x,cells=[];
+const grid=(size,lit,left)=>{for(let r=0;r<size;r++)for(let c=0;c<size;c++)cells.push([left+16*c,16*r,16,16,lit(r,c)?ORANGE:GREY,""])};grid(n,fwd?win:one,0);grid(m,fwd?one:win,16*n+20);const at=`from row ${y*s+1}, column ${x*s+1} on`,told=fwd?`output row ${y+1}, column ${x+1} reads ${k*k} pixels ${at}`:`input row ${y+1}, column ${x+1} adds ${k*k} values to the output ${at}`;
 return[cells,16*(n+m)+20,16*Math.max(n,m),`${p.operator}, kernel ${k}, stride ${s}, dilation ${d}, ${n} by ${n} to ${m} by ${m}: ${told}.`]}"""
 
 def animate_operator(operator: str = "convolution", kernel: int = 3, stride: int = 1, dilation: int = 1) -> Widget:
@@ -262,7 +221,7 @@ def animate_operator(operator: str = "convolution", kernel: int = 3, stride: int
     return Widget("An operator in motion", _operator, OPERATOR, dict(operator=("Operator", OPERATORS, operator), kernel=pick("Kernel", 4, kernel),
                   stride=pick("Stride", 3, stride), dilation=pick("Dilation", 2, dilation), step=("Step", range(49), 0)), 420)
 
-# %% ../nbs/35_microscope.ipynb #aaad9f2f
+# %% ../nbs/35_microscope.ipynb #28936f15
 def _uri(picture, kind: str) -> str:
     buffer = io.BytesIO()
     image = Image.fromarray(as_picture(picture))
@@ -275,12 +234,10 @@ class Page(str):
     def _repr_html_(self) -> str: return str(self)
     def __repr__(self) -> str: return self.words
 
-def before_after(before,  # as `show.as_picture` takes it: a photograph
-                 after,  # of the same size: flat colours
-                 alt: str,  # both in words
-                 names: tuple[str, str] = ("before", "after"),
-                ) -> Page:
-    "A slider between two pictures; without scripts one half of each stays. ValueError without words or for unequal sizes"
+def before_after(before, after, alt: str, names: tuple[str, str] = ("before", "after")) -> Page:
+    """A slider between two pictures as `as_picture` takes them, a photograph and flat colours; `alt` says in words what they show.
+
+    Without scripts one half of each stays. ValueError without words or for unequal sizes."""
     a, b = as_picture(before), as_picture(after)
     if not alt.strip(): raise ValueError("alt is empty: say in words what the two pictures show")
     if a.shape != b.shape: raise ValueError(f"pictures of {a.shape[:2]} and {b.shape[:2]} found; expected one size")
@@ -296,7 +253,7 @@ def before_after(before,  # as `show.as_picture` takes it: a photograph
     page.words = f"{alt} ({names[0]}, {names[1]})"
     return page
 
-# %% ../nbs/35_microscope.ipynb #5c76f8e9
+# %% ../nbs/35_microscope.ipynb #b529b121
 def live() -> bool:
     "Whether sliders would be answered: ipywidgets is installed, and a notebook in a browser, VS Code or Colab runs this kernel"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None

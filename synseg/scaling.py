@@ -6,4 +6,3 @@
 __all__ = []
 
 # %% ../nbs/18_scaling.ipynb #6579841e
-import torch

@@ -6,4 +6,3 @@
 __all__ = []
 
 # %% ../nbs/17_speed.ipynb #cb94acbe
-import torch
