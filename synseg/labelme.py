@@ -6,3 +6,4 @@
 __all__ = []
 
 # %% ../nbs/36_labelme.ipynb #b11bf72b
+import torch

@@ -8,7 +8,7 @@ __all__ = ['RAMP', 'ORANGE', 'GREY', 'DRAW', 'STYLE', 'SHELL', 'OVERLAP', 'GRIDD
            'field', 'receptive_fields', 'scene', 'blur', 'borders', 'animate_operator', 'Page', 'before_after', 'live',
            'explore']
 
-# %% ../nbs/35_microscope.ipynb #669764ec
+# %% ../nbs/35_microscope.ipynb #a94c0d62
 import base64, importlib.util, inspect, io, itertools, json, os, sys
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -17,7 +17,7 @@ from PIL import Image
 
 from .show import as_picture
 
-# %% ../nbs/35_microscope.ipynb #90066e37
+# %% ../nbs/35_microscope.ipynb #61345af2
 RAMP = ("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b")  # from light to dark, by number
 ORANGE, GREY = "#e69f00", "#dddddd"
 
@@ -36,7 +36,7 @@ def draw(cells: Sequence, width: int, height: int, words: str) -> str:
 DRAW = """const RAMP=["#f7fbff","#c6dbef","#6baed6","#2171b5","#08306b"],ORANGE="#e69f00",GREY="#dddddd",I=Math.floor;const shade=(v,m)=>RAMP[I(4*v/Math.max(m,1))];function draw(cells,W,H,words){let o=`<svg viewBox="0 0 ${W} ${H}" role="img" aria-label="${words}">`;for(const [x,y,w,h,c,t] of cells){o+=`<rect x="${x}" y="${y}" width="${w}" height="${h}" fill="${c}"/>`;
 if(t!=="")o+=`<text x="${x+I(w/2)}" y="${y+I(h/2)+4}" fill="${RAMP.indexOf(c)>2?"#fff":"#000"}">${t}</text>`}return o+"</svg>"}"""
 
-# %% ../nbs/35_microscope.ipynb #63db441b
+# %% ../nbs/35_microscope.ipynb #c48bb1ba
 STYLE = ("#{i}{{max-width:34rem}}#{i} svg{{width:100%;max-width:{wide}px;display:block;font:11px sans-serif;text-anchor:middle;background:#fff}}#{i} rect"
          "{{stroke:#8886;stroke-width:.5}}#{i} label{{display:inline-block;margin:0 1rem .4rem 0}}#{i} :focus-visible{{outline:3px solid #e69f00}}"
          "#{i} button,#{i} select{{font:inherit;margin-right:.3rem;min-height:2rem}}#{i} input{{vertical-align:middle;accent-color:#0072B2;width:9rem}}")
@@ -78,7 +78,7 @@ class Widget:
                 f'<div>{self.picture()}</div><p aria-live="polite">{self.words()}</p><noscript>Without scripts this picture stays as it is.</noscript></div>'
                 f"<script>{script}</script>")
 
-# %% ../nbs/35_microscope.ipynb #edf82676
+# %% ../nbs/35_microscope.ipynb #e9fc1449
 def overlap_counts(kernel: int, stride: int, inputs: int = 6) -> list[int]:
     "How many of `inputs` stamps reach each pixel of a transposed convolution's output, along one axis"
     return [sum(0 <= i - j * stride < kernel for j in range(inputs)) for i in range((inputs - 1) * stride + kernel)]
@@ -100,7 +100,7 @@ def chessboard(kernel: int = 3, stride: int = 2) -> Widget:
     return Widget("Chessboards of a transposed convolution", _overlap, OVERLAP,
                   dict(kernel=("Kernel", [str(v) for v in range(1, 8)], str(kernel)), stride=("Stride", list("1234"), str(stride))))
 
-# %% ../nbs/35_microscope.ipynb #181ed9be
+# %% ../nbs/35_microscope.ipynb #bd9aa71c
 def tap_counts(rates: Sequence[int]) -> list[int]:
     "Ways from each input position to one output of 3-tap layers with these rates (0: no layer), along one axis"
     reach = sum(rates)
@@ -113,11 +113,11 @@ def _gridding(**rates):
     ways = tap_counts([int(r) for r in rates.values()])
     n, most, live = len(ways), max(ways) ** 2, sum(w > 0 for w in ways)
     c = 300 // n
-    cells = [(c * x, c * y, c, c, shade(max(a * b, most // 4), most), "") for y, a in enumerate(ways) for x, b in enumerate(ways) if a * b]
+    cells = [(c * x, c * y, c, c, shade(max(a * b, -(-most // 4)), most), "") for y, a in enumerate(ways) for x, b in enumerate(ways) if a * b]
     says = "no holes" if live == n else f"{n * n - live * live} are never seen"
     return cells, c * n, c * n, f"Rates {', '.join(rates.values())}: a window of {n} by {n} pixels, {live * live} of {n * n} are live taps, {says}."
 GRIDDING = """function tapCounts(rates){const R=rates.reduce((a,b)=>a+b,0);let w=Array(2*R+1).fill(0);w[R]=1;for(const r of rates)if(r)w=w.map((v,i)=>(w[i-r]||0)+v+(w[i+r]||0));return w} function model(p){const names=["first","second","third"],w=tapCounts(names.map(k=>+p[k])),n=w.length,m=Math.max(...w)**2,live=w.filter(v=>v>0).length,c=I(300/n),cells=[];
-w.forEach((a,y)=>w.forEach((b,x)=>{if(a*b)cells.push([c*x,c*y,c,c,shade(Math.max(a*b,I(m/4)),m),""])}));const says=live==n?"no holes":`${n*n-live*live} are never seen`;return[cells,c*n,c*n,`Rates ${names.map(k=>p[k]).join(", ")}: a window of ${n} by ${n} pixels, ${live*live} of ${n*n} are live taps, ${says}.`]}"""
+w.forEach((a,y)=>w.forEach((b,x)=>{if(a*b)cells.push([c*x,c*y,c,c,shade(Math.max(a*b,Math.ceil(m/4)),m),""])}));const says=live==n?"no holes":`${n*n-live*live} are never seen`;return[cells,c*n,c*n,`Rates ${names.map(k=>p[k]).join(", ")}: a window of ${n} by ${n} pixels, ${live*live} of ${n*n} are live taps, ${says}.`]}"""
 
 def gridding(rates: Sequence[int] = (2, 2, 2)) -> Widget:
     "Which pixels three dilated 3x3 layers see; rates 0 (no layer) to 6, else ValueError"
@@ -125,7 +125,7 @@ def gridding(rates: Sequence[int] = (2, 2, 2)) -> Widget:
     return Widget("Holes of dilated convolutions", _gridding, GRIDDING,
                   {name: (f"Rate of the {name}", list("0123456"), str(r)) for name, r in zip(names, rates, strict=True)})
 
-# %% ../nbs/35_microscope.ipynb #2278da8e
+# %% ../nbs/35_microscope.ipynb #0254dd11
 LAYERS = {"none": (1, 1, 1), "1x1": (1, 1, 1), "3x3": (3, 1, 1), "3x3 stride 2": (3, 2, 1), "3x3 dilation 2": (3, 1, 2), "3x3 dilation 4": (3, 1, 4),
           "5x5": (5, 1, 1), "7x7 stride 2": (7, 2, 1), "pool 2": (2, 2, 1)}
 
@@ -156,7 +156,7 @@ def receptive_fields(layers: Sequence[str] = ("3x3", "3x3 stride 2", "3x3 dilati
     names = ("first", "second", "third", "fourth")
     return Widget("Receptive field of a stack", _field, FIELD, {n: (f"{n.title()} layer", list(LAYERS), v) for n, v in zip(names, layers, strict=True)})
 
-# %% ../nbs/35_microscope.ipynb #05a9644c
+# %% ../nbs/35_microscope.ipynb #02c84922
 BORDERS = ("valid", "zeros", "reflect", "replicate")
 
 def scene(n: int = 14) -> list[list[int]]:
@@ -194,7 +194,7 @@ def borders(border: str = "zeros", kernel: int = 3, layers: int = 2) -> Widget:
     return Widget("Crop or pad", _border, BORDER, dict(border=("Border", BORDERS, border), kernel=("Kernel", ["3", "5"], str(kernel)),
                                                        layers=("Layers", range(1, 4), layers)))
 
-# %% ../nbs/35_microscope.ipynb #f9ee1286
+# %% ../nbs/35_microscope.ipynb #18a57d9d
 OPERATORS = ("convolution", "transposed convolution")
 
 def _operator(operator: str, kernel: str, stride: str, dilation: str, step: int):
@@ -221,7 +221,7 @@ def animate_operator(operator: str = "convolution", kernel: int = 3, stride: int
     return Widget("An operator in motion", _operator, OPERATOR, dict(operator=("Operator", OPERATORS, operator), kernel=pick("Kernel", 4, kernel),
                   stride=pick("Stride", 3, stride), dilation=pick("Dilation", 2, dilation), step=("Step", range(49), 0)), 420)
 
-# %% ../nbs/35_microscope.ipynb #28936f15
+# %% ../nbs/35_microscope.ipynb #3e9ad62b
 def _uri(picture, kind: str) -> str:
     buffer = io.BytesIO()
     image = Image.fromarray(as_picture(picture))
@@ -253,7 +253,7 @@ def before_after(before, after, alt: str, names: tuple[str, str] = ("before", "a
     page.words = f"{alt} ({names[0]}, {names[1]})"
     return page
 
-# %% ../nbs/35_microscope.ipynb #b529b121
+# %% ../nbs/35_microscope.ipynb #294197f2
 def live() -> bool:
     "Whether sliders would be answered: ipywidgets is installed, and a notebook in a browser, VS Code or Colab runs this kernel"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None

@@ -6,3 +6,4 @@
 __all__ = []
 
 # %% ../nbs/18_scaling.ipynb #6579841e
+import torch

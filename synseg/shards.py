@@ -6,3 +6,4 @@
 __all__ = []
 
 # %% ../nbs/19_shards.ipynb #8f5bc478
+import torch

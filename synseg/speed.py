@@ -6,3 +6,4 @@
 __all__ = []
 
 # %% ../nbs/17_speed.ipynb #cb94acbe
+import torch
