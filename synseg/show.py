@@ -27,12 +27,12 @@ from .labels import LabelSpace, label_space
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, BLACK = "#0072B2 #E69F00 #009E73 #CC79A7 #56B4E9 #D55E00 #000000".split()
 
 def set_style() -> None:
-    "Quiet axes, small type and Okabe & Ito's colours for all figures that follow"
+    "Quiet axes, small type, one font and Okabe & Ito's colours for all figures that follow"
     plt.rcParams.update({
         "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, BLACK]),
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "axes.labelsize": 9,
         "font.size": 9, "legend.fontsize": 8, "legend.frameon": False, "xtick.labelsize": 8, "ytick.labelsize": 8,
-        "figure.dpi": 100, "savefig.dpi": 100})
+        "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "image.cmap": "viridis", "figure.dpi": 100, "savefig.dpi": 100})
 
 def _figure(*shape, **options) -> tuple[Figure, np.ndarray]:
     "A figure that a notebook draws once (as the value of its cell) and that no list of open figures keeps"
