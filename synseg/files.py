@@ -7,6 +7,8 @@ __all__ = ['read_image', 'read_label', 'unpack', 'Archive', 'fetch']
 
 # %% ../nbs/93_files.ipynb #807df82d
 import contextlib
+import gzip
+import lzma
 import os
 import shutil
 import struct
@@ -84,11 +86,16 @@ def unpack(archive: str | Path, folder: str | Path) -> list[str]:
                 files = {m.name: m for m in members if m.isfile()}
                 safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
                 file.extractall(folder, list(files.values()), **safe)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{archive} is not a whole tar or zip archive ({error}): delete it and fetch it again") from error
     return sorted(files)
 
 # %% ../nbs/93_files.ipynb #c646d31f
+# What a spoiled archive makes the standard library raise: RuntimeError for a flag that says "encrypted", NotImplementedError for a
+# compression that nobody has, the rest from decoders that meet noise
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, struct.error, RuntimeError,
+           UnicodeError, OverflowError, KeyError, IndexError)
+
 def _check_members(archive: Path, folder: Path, sizes: dict[str, int]):
     for name in sizes:
         if os.path.isabs(name) or not (folder / name).resolve().is_relative_to(folder):

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from .callbacks import Callback, MetricsLog, usual_callbacks
 from .core import seed_everything
 from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, num_classes_of, order_of, weighted_loss
-from .runstate import (Diverged, Progress, all_finite, check_loss, check_same_run, interrupted, load_state, rng_state,
+from .runstate import (Diverged, Progress, all_finite, alone_in, check_loss, check_same_run, interrupted, load_state, rng_state,
                              save_state, save_weights, set_rng_state, stop_requests)
 from .schedules import Schedule, cosine
 from .scoring import label_space_of
@@ -229,7 +229,7 @@ class Learner(_Epochs):
         """
         self._begin(epochs, minutes)
         try:
-            with stop_requests() as self._request:
+            with alone_in(self.out if self.engine.main else None), stop_requests() as self._request:
                 self._each("on_start")
                 while self.fraction() < 1 and not self.stop: self._one_epoch()
         finally:
