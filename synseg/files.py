@@ -122,12 +122,13 @@ def fetch(archive: Archive, folder: str | Path, progress: bool = True) -> Path:
     free = shutil.disk_usage(folder).free
     if not (folder / archive.file).exists() and free < archive.size:
         raise OSError(f"{archive.file} has {archive.size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free")
-    failed = []
-    for url in archive.urls:
+    failed, again = [], list(archive.urls)  # places that broke off in mid-file are asked once more, after all others
+    for url in (waiting := list(archive.urls)):
         try:
             return Path(pooch.retrieve(url, known_hash=f"sha256:{archive.sha256}", fname=archive.file, path=folder,
                                        progressbar=progress))
         except Exception as error:  # no network, no such host, wrong bytes: whatever it is, the next place is tried
             failed.append(f"  {url}: {type(error).__name__}: {str(error)[:200]}")
+            if url in again and "Connection" in f"{type(error).__name__} {error}": waiting.append(again.pop(again.index(url)))
     raise FileNotFoundError(f"{archive.file} could not be downloaded:\n" + "\n".join(failed) + f"\nFetch it by other means "
                             f"and put it at {folder / archive.file} (SHA-256 {archive.sha256}).")
