@@ -85,7 +85,7 @@ def median_frequency_weights(
 ) -> Tensor: # (K,) float32, 1 for the class of median frequency
     "median(f) / f, f a class's share of the pixels of the images that hold it (Eigen & Fergus 2015; SegNet)"
     pixels, image_pixels = (torch.as_tensor(v).double() for v in (pixels, image_pixels))
-    if pixels.ndim != 1 or pixels.shape != image_pixels.shape or not ((0 <= pixels) & (pixels <= image_pixels)).all():
+    if pixels.ndim != 1 or pixels.shape != image_pixels.shape or not ((0 <= pixels) & (pixels <= image_pixels) & pixels.isfinite()).all():
         raise ValueError(f"pixels {pixels.tolist()} of image pixels {image_pixels.tolist()} found; expected two counts for each class,"
                          " the second no smaller than the first")
     if not pixels.any(): raise ValueError("no labelled pixel found; expected counts of a training set with some")

@@ -234,11 +234,11 @@ def trimap_iou(
     pred, target = _pair(pred, target)
     near = target.masked_fill(~boundary_band(target, width), ignore_index)
     num_classes = num_classes or _classes_found(pred, target, ignore_index)
+    _checked(target, num_classes, ignore_index, "label") # also what lies outside of the band
     return ConfusionMatrix(num_classes, ignore_index).update(pred, near).mean_iou()
 
 def _classes_found(pred, target, ignore_index) -> int:
-    if not target.numel(): raise ValueError(f"labels of shape {tuple(target.shape)} found; expected a picture at least")
-    return 1 + max(int(m.masked_fill(m == ignore_index, 0).max()) for m in (pred.long(), target.long()))
+    return 1 + max((int(m.masked_fill(m == ignore_index, 0).max()) for m in (pred.long(), target.long()) if m.numel()), default=0)
 
 # %% ../nbs/09_metrics.ipynb #d7d5c624
 def boundary_counts(
@@ -251,6 +251,7 @@ def boundary_counts(
     "Per class, the overlap of the inner boundary bands of prediction and truth (Cheng et al. 2021, equation 1)"
     pred, target = _pair(pred, target)
     if not 0 <= ratio <= 1: raise ValueError(f"ratio {ratio} found; expected a share of the diagonal, 0 to 1")
+    for m, what in ((pred, "prediction"), (target, "label")): _checked(m, num_classes, ignore_index, what) # also outside of the bands
     void = target == ignore_index
     width = max(1, round(ratio * math.hypot(*target.shape[-2:])))
     inner = [m.masked_fill(~boundary_band(m, width, border=True), ignore_index)

@@ -241,7 +241,7 @@ class Learner(_Epochs):
     def _begin(self, epochs: int | None, minutes: float | None) -> None:
         if self.train is None: raise ValueError("this Learner has no training set: Learner(model, train, ...)")
         if epochs is None and minutes is None: raise ValueError("say how long to train: fit(epochs=...) or fit(minutes=...)")
-        if (epochs is not None and epochs < 1) or (minutes is not None and minutes <= 0):
+        if (epochs is not None and not epochs >= 1) or (minutes is not None and not minutes > 0):
             raise ValueError(f"fit(epochs={epochs}, minutes={minutes}): expected positive numbers")
         self._goal, self.stop = (epochs or 10**6, minutes), None
         self.engine.begin()

@@ -215,7 +215,9 @@ def test_augmentation_of_any_picture(seed, h, w, out, dtype, ldtype, layout, war
     label = torch.randint(0, 11, (h, w), generator=random(seed))
     given = (image, label.to(ldtype)) if not arrays or dtype == torch.bfloat16 else (image.permute(1, 2, 0).flip(0).numpy()[::-1], label.to(ldtype).numpy())
     train, test = train_transforms(out, rotation=20*warp, elastic=3.0*warp), eval_transforms(out)
-    if dtype not in PICTURE: return [refused(lambda: t(*given)) for t in (train, test)]
+    if dtype not in PICTURE:
+        for t in (train, test): refused(lambda: t(*given))
+        return
     torch.manual_seed(seed)
     x, y = train(*given)
     assert x.shape == (3, *out) and x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1 and y.dtype == torch.int64
@@ -391,14 +393,14 @@ def test_smaller_networks(width, keep, dtype):
 def test_critics_of_anything(name):
     from synseg.discriminators import OF_MAPS
     critic = create_discriminator(name, 3, width=4).eval()
-    maps, images = torch.rand(2, 3, 40, 44).softmax(1), torch.rand(2, 3, 40, 44)
+    maps, images = torch.rand(2, 3, 64, 68).softmax(1), torch.rand(2, 3, 64, 68)
     judge = (lambda x: critic(x, maps)) if name in OF_MAPS else critic
     with torch.no_grad():
         out = judge(images)
         assert len(out) == 2 and out.isfinite().all()
         for layout in ("strided", "transposed", "channels last"): torch.testing.assert_close(judge(arranged(images, layout)), out, rtol=1e-3, atol=1e-4)
         for bad in (images[:, :1], images[0], images.long()): refused(lambda: judge(bad))
-        answered(lambda: judge(images.double()))
+        torch.testing.assert_close(judge(images.double()), out, rtol=1e-3, atol=1e-4)
     refused(lambda: create_discriminator(name, 3, wdith=4))
 
 
@@ -544,7 +546,7 @@ def test_settings_of_fields(build, settings):
 # Training and export
 
 @covers("Learner")
-@drawn(25, setting=st.sampled_from(["batch_size", "lr", "weight_decay", "accumulate", "clip", "ema", "precision", "class_weights", "sampler"]), value=st.sampled_from([0, -1, NAN, -INF, "all"]))
+@drawn(12, setting=st.sampled_from(["batch_size", "lr", "weight_decay", "accumulate", "clip", "ema", "precision", "class_weights", "sampler"]), value=st.sampled_from([0, -1, NAN, -INF, "all"]))
 def test_settings_of_training(setting, value):
     net = create_model("unet_small", 11, width=1)
     with contextlib.suppress(TypeError) if value == "all" else contextlib.nullcontext():  # a text for a number

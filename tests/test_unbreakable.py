@@ -275,8 +275,8 @@ def camvid(root):
 
 def aug(root):
     trees.voc(root)
-    (root/"sbd").mkdir()
-    trees.sbd(root/"dataset", ("2008_1",), ("2008_2",)) if not (root/"dataset").mkdir() else None
+    (root/"dataset").mkdir()
+    trees.sbd(root/"dataset", ("2008_1",), ("2008_2",))
 
 
 def cityscapes(root):
