@@ -88,6 +88,6 @@ def same_plan(path: Path, plan: dict) -> None:
     "Keep the settings beside what they made; ValueError where others made it"
     plan = json.loads(json.dumps(plan))
     if path.is_file() and (old := read_json(path)) != plan:
-        differ = [k for k in plan if plan[k] != old.get(k)]
+        differ = [k for k in plan if not isinstance(old, dict) or plan[k] != old.get(k)]
         raise ValueError(f"{path.parent} was made with other settings ({', '.join(differ)}): choose another folder (--out), or delete it")
     write_json(path, plan)
