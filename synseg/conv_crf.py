@@ -65,16 +65,17 @@ class _Settings(nn.Module):
             raise ValueError(f"kernel_size={kernel_size} found; expected an odd number, so that the window has a centre")
         if normalization not in ("symmetric", "none"):
             raise ValueError(f"normalization {normalization!r} is unknown; choose symmetric or none")
-        if num_classes < 1 or iterations < 0 or blur < 1:
+        if num_classes < 1 or iterations < 0 or blur < 1 or any(int(n) != n for n in (num_classes, iterations, blur)):
             raise ValueError(f"found num_classes={num_classes}, iterations={iterations}, blur={blur}; expected at least 1, 0 and 1")
         sigmas = gaussian_xy, math.inf if bilateral_xy is None else bilateral_xy, bilateral_rgb
-        if min(sigmas) <= 0: raise ValueError(f"standard deviations {sigmas} found; expected positive numbers")
+        if not all(s > 0 for s in sigmas): raise ValueError(f"standard deviations {sigmas} found; expected positive numbers")
         self.num_classes, self.kernel_size, self.iterations, self.blur = num_classes, kernel_size, iterations, blur
         self.normalization, self.self_term, self.log_first = normalization, self_term, log_first
         values = dict(inverse_sigmas=[1 / s for s in sigmas], weights=[gaussian_weight, bilateral_weight],
                       class_weight=_fit(class_weight, (num_classes,)), compatibility=_fit(compatibility, (num_classes, num_classes)))
         for name, value in values.items():
             value = None if value is None else torch.as_tensor(value, dtype=torch.float32).clone()
+            if value is not None and not value.isfinite().all(): raise ValueError(f"{name} {value.tolist()} found; expected finite numbers")
             if trainable and value is not None: self.register_parameter(name, nn.Parameter(value))
             else: self.register_buffer(name, value)
 
@@ -98,6 +99,10 @@ def _check(log_probs: Tensor, image: Tensor, num_classes: int) -> None:
     if image.ndim != 4 or image[:, 0].shape != log_probs[:, 0].shape:
         raise ValueError(f"image is {tuple(image.shape)} and log_probs {tuple(log_probs.shape)}; expected one number and one size:"
                          " resize the scores to the image (F.interpolate, bilinear)")
+    if not log_probs[:1].numel() and len(log_probs): raise ValueError(f"log_probs is {tuple(log_probs.shape)}; expected a pixel at least")
+    if log_probs.numel() and not log_probs.detach().amax(1).isfinite().all():
+        raise ValueError("log_probs hold NaN, +infinity, or a pixel without any possible class; expected log-probabilities")
+    if image.is_floating_point() and not image.detach().isfinite().all(): raise ValueError("image holds NaN or infinity; expected floats in [0, 1]")
     if not image.is_floating_point() or image.shape[1] == 3 and image.numel() and image.detach().amax() > 2:
         raise ValueError(f"image of {image.dtype} up to {image.amax():g} found; expected floats in [0, 1]: divide by 255"
                          " (bilateral_rgb stays in steps of 0-255)")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VOID', 'IMAGENET_MEAN', 'IMAGENET_STD', 'seed_everything', 'default_device', 'fast_bf16', 'atomic_path', 'write_json',
-           'machine_info', 'results_dir', 'record_result', 'load_result']
+           'read_json', 'machine_info', 'results_dir', 'record_result', 'load_result']
 
 # %% ../nbs/00_core.ipynb #a9166776
 import contextlib, json, os, platform, random, subprocess
@@ -23,6 +23,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # %% ../nbs/00_core.ipynb #0b3f48d1
 def seed_everything(seed: int = 0) -> torch.Generator:
     "Seed Python, NumPy and PyTorch (CPU and GPU); returns a CPU generator with the same seed"
+    if not isinstance(seed, (int, np.integer)) or not -2**63 <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}; expected a whole number of 64 bits, such as 0")
+    seed = int(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -60,9 +63,15 @@ def atomic_path(path: str | Path):
 def write_json(path: str | Path, content: dict) -> Path:
     "Write `content` as indented JSON, atomically"
     path = Path(path)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    try: text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    except TypeError as error: raise ValueError(f"{path} can only hold what JSON can, numbers, texts and lists: {error}") from error
+    with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8")
     return path
+
+def read_json(path: str | Path):
+    "What a JSON file holds; ValueError with its name where it is damaged"
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is damaged, it is no JSON file: {error}") from error
 
 # %% ../nbs/00_core.ipynb #9d6a0bf0
 def machine_info() -> dict:
@@ -94,6 +103,7 @@ def results_dir() -> Path | None:
 
 def record_result(name: str, config: dict, metrics: dict, seed: int | None = None, folder: str | Path | None = None) -> Path:
     "Write `results/<name>.json`: config, seed, commit, machine, date and metrics of a real run"
+    if not name or Path(name).name != name: raise ValueError(f"a record is called {name!r}; expected a plain name, without folders")
     folder = Path(folder) if folder else (results_dir() or Path("results"))
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return write_json(folder / f"{name}.json", dict(name=name, config=config, seed=seed, metrics=metrics,
@@ -103,4 +113,4 @@ def load_result(name: str) -> dict | None:
     "The record `results/<name>.json`, or None where that run has not been made ('not run')"
     folder = results_dir()
     path = folder / f"{name}.json" if folder else None
-    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+    return read_json(path) if path and path.is_file() else None

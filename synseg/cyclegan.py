@@ -67,7 +67,7 @@ class Generator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.in_channels, 8, type(self).__name__)
-        y = self.model(pad_to_stride(2*x - 1, 4))[..., :x.shape[-2], :x.shape[-1]]
+        y = self.model(pad_to_stride(2*x.to(self.model[1].weight.dtype) - 1, 4))[..., :x.shape[-2], :x.shape[-1]]
         return (y + 1)/2
 
 # %% ../nbs/75_cyclegan.ipynb #e23d8db5
@@ -89,7 +89,7 @@ class PatchGAN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.in_channels, self.smallest, type(self).__name__)
-        return self.model(2*x - 1)
+        return self.model(2*x.to(self.model[0].weight.dtype) - 1)
 
 # %% ../nbs/75_cyclegan.ipynb #a677a975
 _PAPER = "Zhu, Park, Isola & Efros, Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks"

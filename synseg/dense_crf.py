@@ -78,7 +78,9 @@ class _Settings(nn.Module):
         super().__init__()
         _known(normalization)
         if compiled: wanted(compiled)
-        if num_classes < 1 or iterations < 0:
+        numbers = torch.tensor([gaussian_weight, bilateral_weight], dtype=torch.float64)
+        if not numbers.isfinite().all(): raise ValueError(f"weights {numbers.tolist()} found; expected finite numbers")
+        if num_classes < 1 or iterations < 0 or int(num_classes) != num_classes or int(iterations) != iterations:
             raise ValueError(f"found num_classes={num_classes}, iterations={iterations}; expected 1 and 0 at least")
         if not (exact or self_term): raise ValueError("the lattice cannot leave out the own vote: self_term=False needs exact=True")
         costs = _costs(num_classes, compatibility)
@@ -103,8 +105,9 @@ class _Pairwise(_Settings):
         images = image if image.ndim == 4 else image[None]
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"image is {tuple(image.shape)}; expected (N, 3, H, W) or (3, H, W)")
-        if not images.amax() <= 2:
-            raise ValueError(f"image values reach {images.amax():g}; expected [0, 1]: divide by 255 (bilateral_rgb stays in steps of 0-255)")
+        if not images.numel(): raise ValueError(f"image is {tuple(image.shape)}; expected a pixel at least")
+        if not (-1 <= images.amin() and images.amax() <= 2):
+            raise ValueError(f"image values from {images.amin():g} to {images.amax():g}; expected [0, 1]: divide by 255 (bilateral_rgb stays in steps of 0-255)")
         double = self.exact or image.dtype == torch.float64
         return [self._filters(one.detach().to(torch.float64 if double else torch.float32)) for one in images]
 
@@ -139,6 +142,7 @@ def _costs(num_classes: int, compatibility) -> Tensor:
     "The compatibility matrix (K, K), Potts by default"
     if compatibility is None: return 1 - torch.eye(num_classes)
     costs = torch.as_tensor(compatibility).detach().float().clone()
+    if not costs.isfinite().all(): raise ValueError("compatibility holds NaN or infinity; expected a finite cost for each pair of labels")
     if costs.shape == (num_classes, num_classes): return costs
     raise ValueError(f"compatibility is {tuple(costs.shape)}; expected ({num_classes}, {num_classes}): a cost for each pair of labels")
 
@@ -151,6 +155,8 @@ def _check_scores(log_probs: Tensor, image: Tensor, num_classes: int) -> None:
     if not log_probs.numel(): return
     lowest = log_probs.amin()
     if lowest.isnan(): raise ValueError("log_probs hold NaN; expected log-probabilities: look at what made them")
+    if not log_probs.amax(1).isfinite().all():
+        raise ValueError("log_probs hold +infinity, or a pixel without any possible class; expected log-probabilities")
     if lowest >= 0 and num_classes > 1 and ((log_probs.float().sum(1) - 1).abs() < 1e-2).all():
         raise ValueError("log_probs sum to 1 at every pixel: these are probabilities; expected their logarithm, F.log_softmax(logits, 1)."
                          " If scores sum to 1 by intent, subtract 1: only differences matter")

@@ -7,6 +7,8 @@ __all__ = ['read_image', 'read_label', 'unpack', 'Archive', 'fetch']
 
 # %% ../nbs/93_files.ipynb #807df82d
 import contextlib
+import gzip
+import lzma
 import os
 import shutil
 import struct
@@ -84,11 +86,16 @@ def unpack(archive: str | Path, folder: str | Path) -> list[str]:
                 files = {m.name: m for m in members if m.isfile()}
                 safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
                 file.extractall(folder, list(files.values()), **safe)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{archive} is not a whole tar or zip archive ({error}): delete it and fetch it again") from error
     return sorted(files)
 
 # %% ../nbs/93_files.ipynb #c646d31f
+# What a spoiled archive makes the standard library raise: RuntimeError for a flag that says "encrypted", NotImplementedError for a
+# compression that nobody has, the rest from decoders that meet noise
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, struct.error, RuntimeError,
+           UnicodeError, OverflowError, KeyError, IndexError)
+
 def _check_members(archive: Path, folder: Path, sizes: dict[str, int]):
     for name in sizes:
         if os.path.isabs(name) or not (folder / name).resolve().is_relative_to(folder):
@@ -115,12 +122,13 @@ def fetch(archive: Archive, folder: str | Path, progress: bool = True) -> Path:
     free = shutil.disk_usage(folder).free
     if not (folder / archive.file).exists() and free < archive.size:
         raise OSError(f"{archive.file} has {archive.size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free")
-    failed = []
-    for url in archive.urls:
+    failed, again = [], list(archive.urls)  # places that broke off in mid-file are asked once more, after all others
+    for url in (waiting := list(archive.urls)):
         try:
             return Path(pooch.retrieve(url, known_hash=f"sha256:{archive.sha256}", fname=archive.file, path=folder,
                                        progressbar=progress))
         except Exception as error:  # no network, no such host, wrong bytes: whatever it is, the next place is tried
             failed.append(f"  {url}: {type(error).__name__}: {str(error)[:200]}")
+            if url in again and "Connection" in f"{type(error).__name__} {error}": waiting.append(again.pop(again.index(url)))
     raise FileNotFoundError(f"{archive.file} could not be downloaded:\n" + "\n".join(failed) + f"\nFetch it by other means "
                             f"and put it at {folder / archive.file} (SHA-256 {archive.sha256}).")

@@ -73,7 +73,8 @@ class _Potts(nn.Module):
         iterations: int = 10, # of mean field
     ):
         super().__init__()
-        if num_classes < 2: raise ValueError(f"num_classes={num_classes} found; expected two or more")
+        if int(num_classes) != num_classes or num_classes < 2: raise ValueError(f"num_classes={num_classes} found; expected two or more")
+        if int(iterations) != iterations or iterations < 0: raise ValueError(f"iterations={iterations} found; expected a whole number, 0 or more")
         if connectivity not in (4, 8): raise ValueError(f"connectivity={connectivity} found; expected 4 or 8, or set radius= in pixels")
         for name, value in dict(smoothness=smoothness, contrast=contrast, beta=0 if beta is None else beta).items():
             if not 0 <= value < math.inf: raise ValueError(f"{name}={value} found; expected 0 or more: neighbours that repel have no minimum cut")
@@ -113,11 +114,15 @@ def _message(values: Tensor, edges: list, phase: tuple[int, int] = (0, 0), strid
 # %% ../nbs/21_grid_crf.ipynb #4845b68d
 class _Energies(_Potts):
     def _check(self, log_probs: Tensor, image: Tensor) -> None:
-        if log_probs.ndim != 4 or log_probs.shape[1] != self.num_classes:
-            raise ValueError(f"log_probs of shape {tuple(log_probs.shape)} found; expected (N, {self.num_classes}, H, W)")
+        if log_probs.ndim != 4 or log_probs.shape[1] != self.num_classes or not log_probs.is_floating_point():
+            raise ValueError(f"log_probs of shape {tuple(log_probs.shape)}, {log_probs.dtype} found; expected floats (N, {self.num_classes}, H, W)")
         expected = (len(log_probs), 3, *log_probs.shape[2:])
         if tuple(image.shape) != expected or not image.is_floating_point():
             raise ValueError(f"image of shape {tuple(image.shape)}, {image.dtype} found; expected {expected}, floats in [0, 1]")
+        if not log_probs.numel(): raise ValueError(f"log_probs of shape {tuple(log_probs.shape)} found; expected a pixel at least")
+        if not log_probs.detach().amax(1).isfinite().all():
+            raise ValueError("log_probs hold NaN, +infinity, or a pixel without any possible class; expected log-probabilities")
+        if not image.detach().abs().amax() < 1e6: raise ValueError("image holds NaN, infinity or huge values; expected floats in [0, 1]")
 
     def _check_full(self, labels: Tensor) -> None:
         check_labels(labels, self.num_classes)

@@ -142,6 +142,8 @@ def as_image(image,  # path, PIL image, array (H, W), (H, W, C), or tensor (C, H
     if isinstance(image, (str, Path)): name, image = str(image), _open(Path(image))
     if isinstance(image, Image.Image): image = _pil_array(image)
     if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "buif" or image.itemsize > 8: raise ValueError(f"the image is an array of {image.dtype}; expected uint8 or floats")
+        image = image.astype(image.dtype.newbyteorder("="), copy=False)
         image = torch.from_numpy(np.array(image[..., None] if image.ndim == 2 else image)).movedim(-1, 0)
     elif not isinstance(image, Tensor):
         raise ValueError(f"the image is a {type(image).__name__}; expected a path, a PIL image, an array or a tensor")

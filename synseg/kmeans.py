@@ -7,7 +7,6 @@ __all__ = ['CACHED', 'xyrgb', 'plus_plus', 'Clusters', 'kmeans', 'KMeansSegmente
 
 # %% ../nbs/20_kmeans.ipynb #ab31d456
 import math
-import operator
 from typing import NamedTuple
 
 import torch
@@ -172,6 +171,7 @@ def _checked(points: Tensor, k: int, restarts: int, start: Tensor | None) -> Non
     "ValueError for what cannot be clustered"
     if points.ndim != 2 or not points.is_floating_point() or not points.sum().isfinite():
         raise ValueError(f"points {tuple(points.shape)} of {points.dtype} found; expected finite floats (N, d)")
+    if int(k) != k or int(restarts) != restarts: raise ValueError(f"k={k}, restarts={restarts} found; expected whole numbers")
     if not 1 <= k <= len(points): raise ValueError(f"k={k} clusters of {len(points)} points found; expected 1 <= k <= {len(points)}")
     if restarts < 1: raise ValueError(f"restarts={restarts} found; expected 1 or more")
     if start is not None and start.shape != (k, points.shape[1]):
@@ -192,7 +192,8 @@ def kmeans(
     """K-means (Lloyd 1982): least sum of squared distances to k centres. The inertia never rises (but for rounding, 1e-6 of
     the total variance); an empty cluster takes the worst-fitted point. Memory beyond the points: O(N). ValueError for bad
     input and where fewer than k points differ"""
-    _checked(points, operator.index(k), operator.index(restarts), start)
+    _checked(points, k, restarts, start)
+    k, restarts = int(k), int(restarts)
     generator = torch.Generator().manual_seed(seed)
     middle = points.float().mean(0) # distances to centred points lose less in float32
     x = torch.cat([points.T.float() - middle[:, None], points.new_ones(1, len(points), dtype=torch.float32)])
@@ -221,6 +222,7 @@ class KMeansSegmenter:
         self.options = dict(restarts=restarts, iterations=iterations, tolerance=tolerance, seed=seed, coarse=coarse)
 
     def __call__(self, image: Tensor) -> Tensor: # (3, H, W) -> (H, W) int64; a batch (N, 3, H, W) -> (N, H, W), image by image
+        if image.ndim == 4 and not len(image): raise ValueError(f"a batch of shape {tuple(image.shape)} found; expected one image at least")
         if image.ndim == 4: return torch.stack([self(one) for one in image])
         found = kmeans(xyrgb(image, self.spatial_weight), self.k, **self.options)
         self.inertia_, self.history_, self.centres_ = found.inertia, found.history, found.centres

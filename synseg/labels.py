@@ -51,7 +51,10 @@ def _as_ids(labels, source: str) -> Tensor:
     if labels.ndim not in (2, 3) or coloured:
         raise ValueError(f"{source}the label has shape {tuple(labels.shape)}; expected (H, W) or (N, H, W). Remove a channel "
                          "axis of 1 with squeeze(1); turn colours (H, W, 3) into ids with LabelSpace.from_colour.")
+    if labels.dtype in _ODD: return labels.long()
     return labels.byte() if labels.dtype == torch.bool else labels
+
+_ODD = (torch.int8, torch.uint16, torch.uint32, torch.uint64)  # PyTorch can hardly compare these, and no int8 is 255
 
 # %% ../nbs/02_labels.ipynb #ca5a4473
 def check_labels(labels, space, source: str = "") -> None:
@@ -168,7 +171,9 @@ class LabelSpace:
     @classmethod
     def from_dict(cls, content: dict) -> "LabelSpace":
         "The inverse of `to_dict`, also where JSON has made lists of the tuples"
-        return cls(**content)
+        try: return cls(**content)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"no label space can be made of this: {error}; expected names, palette, ids and void") from error
 
 # %% ../nbs/02_labels.ipynb #1cf9b58c
 def _settle(space) -> None:
@@ -182,6 +187,8 @@ def _settle(space) -> None:
     counts = len(space.names), len(space.palette), len(space.ids)
     if len({*counts}) > 1 or not 1 <= counts[0] <= 254:
         raise ValueError("found {} names, {} colours and {} ids; expected as many of each, 1 to 254".format(*counts))
+    if bad := [c for c in (*space.palette, space.void_colour) if len(c) != 3 or min(c) < 0 or max(c) > 255]:
+        raise ValueError(f"colour {bad[0]} found; expected red, green and blue, each 0-255")
     used = space.ids + space.void
     if len({*used}) < len(used) or min(used) < 0 or max(used) > 255:
         raise ValueError(f"ids {space.ids} and void {space.void}; ids on disk must differ and lie within 0-255")

@@ -6,7 +6,6 @@
 __all__ = ['LAYOUTS', 'Sample', 'Layout', 'find_samples']
 
 # %% ../nbs/94_layouts.ipynb #297b3896
-import json
 import re
 import warnings
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .core import VOID
+from .core import VOID, read_json
 from .files import Archive, read_label
 from .labels import LabelSpace, label_space
 
@@ -37,7 +36,9 @@ def _home(root: Path, sign: str, *inside: str) -> Path:
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file(): raise FileNotFoundError(f"the list {path} is missing")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try: text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error: raise ValueError(f"the list {path} is damaged, it is no text: {error}. Fetch it again.") from error
+    return [line.strip() for line in text.replace("\0", "").splitlines() if line.strip()]
 
 def _glob(folder: Path, pattern: str = "*.*") -> list[Path]:
     if not folder.is_dir(): raise FileNotFoundError(f"the folder {folder} is missing")
@@ -111,7 +112,8 @@ def _gta5(root, split):
         from scipy.io import loadmat
         if not (home / "split.mat").exists():
             raise FileNotFoundError(f"{home / 'split.mat'} is missing: it holds the official split. Without it: split='all'")
-        names = [f"{int(n):05d}" for n in loadmat(home / "split.mat")[f"{split}Ids"].ravel()]
+        try: names = [f"{int(n):05d}" for n in loadmat(home / "split.mat")[f"{split}Ids"].ravel()]
+        except Exception as error: raise ValueError(f"{home / 'split.mat'} cannot be read: {error}. Fetch it again, or take split='all'.") from error
         if lost := [n for n in names if n not in found]:
             warnings.warn(f"gta5 {split}: {len(lost)} of {len(names)} listed images are not in {home / 'images'}, such as "
                           f"{lost[0]}.png; they are left out", stacklevel=3)
@@ -151,7 +153,9 @@ def _folder(root, split):
 def _folder_space(root: Path, samples) -> LabelSpace:
     "From label_space.json, or else classes 0 to the largest value found in the masks"
     path = root / "label_space.json"
-    if path.exists(): return LabelSpace.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    if path.exists():
+        try: return LabelSpace.from_dict(read_json(path))
+        except ValueError as error: raise ValueError(f"{path} describes no label space: {error}") from error
     top = 0
     for sample in samples:
         values = read_label(sample.label)

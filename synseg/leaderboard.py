@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .check import count_parameters
-from .core import results_dir
+from .core import read_json, results_dir
 from .parity import Sheet
 from .recipes import RECIPES
 from .zoo import create_model, list_models
@@ -81,9 +81,11 @@ def last_of(runs: Mapping[str, Mapping]) -> Mapping:
 def read_records(folder: str | Path | None = None) -> list[dict]:
     "All records with trainings on CamVid, from `folder` or the course's own results"
     folder = folder or results_dir()
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(Path(folder).glob("*.json"))] if folder else []
-    on_camvid = lambda r: any(run.get("data") == "camvid" for run in (r.get("config") or {}).get("runs", {}).values())
-    return [r for r in found if on_camvid(r) and "mean_iou" in r["metrics"]]
+    return [r for p in sorted(Path(folder).glob("*.json")) if _on_camvid(p, r := read_json(p))] if folder else []
+
+def _on_camvid(path: Path, record: dict) -> bool:
+    try: return any(run.get("data") == "camvid" for run in (record.get("config") or {}).get("runs", {}).values()) and "mean_iou" in record["metrics"]
+    except (AttributeError, KeyError, TypeError) as error: raise ValueError(f"{path} is damaged: it holds no record of a run ({error})") from error
 
 def entries(folder: str | Path | None = None) -> list[Entry]:
     "One entry for each recipe on CamVid, the best mean IoU first; recipes without a record at the end, as not run"

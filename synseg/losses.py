@@ -32,7 +32,9 @@ class SegmentationLoss(nn.Module):
         if logits.ndim != 4 or labels.shape != logits.shape[:1] + logits.shape[2:]:
             raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} found; expected (N, K, H, W) and"
                              " (N, H, W). Upsample the logits to the label's size (F.interpolate), never the label")
-        if labels.is_floating_point(): raise ValueError(f"labels of type {labels.dtype} found; expected integers (int64)")
+        if labels.is_floating_point() or labels.is_complex() or not logits.is_floating_point():
+            raise ValueError(f"logits of {logits.dtype} and labels of {labels.dtype} found; expected floats and integers (int64)")
+        labels = labels.long()
         classes = logits.shape[1]
         if self.weight is not None and len(self.weight) != classes:
             raise ValueError(f"{len(self.weight)} class weights found; the logits have {classes} classes")
@@ -40,7 +42,7 @@ class SegmentationLoss(nn.Module):
             bad = (labels != self.ignore_index) & ((labels < 0) | (labels >= classes))
             if bad.any(): raise ValueError(f"label value {labels[bad][0].item()} found; the logits have classes 0-{classes - 1}"
                                            f" and void is {self.ignore_index}. Map the labels first (LabelSpace.from_disk)")
-        return logits.double() if logits.dtype == torch.float64 else logits.float(), labels.long()
+        return logits.double() if logits.dtype == torch.float64 else logits.float(), labels
 
     def _pixel_weight(self, labels: Tensor, like: Tensor) -> Tensor: # (N, H, W), 0 on void
         "Each labelled pixel's class weight"
@@ -72,6 +74,8 @@ class CrossEntropyLoss(SegmentationLoss):
                ) -> Tensor: # scalar, in nats: sum of weight * loss over sum of weight
         logits, labels = self._prepare(logits, labels)
         weight = self._pixel_weight(labels, logits)
+        if pixel_weight is not None and pixel_weight.shape != labels.shape:
+            raise ValueError(f"pixel weights {tuple(pixel_weight.shape)} and labels {tuple(labels.shape)} found; expected one shape")
         if pixel_weight is not None: weight = weight * pixel_weight
         if pixel_weight is None: # the same sum, fused
             classes = None if self.weight is None else self.weight.to(logits)
@@ -85,7 +89,12 @@ def median_frequency_weights(
     image_pixels: Tensor, # (K,) all pixels of the images that hold the class (`class_frequencies` gives both)
 ) -> Tensor: # (K,) float32, 1 for the class of median frequency
     "median(f) / f, f a class's share of the pixels of the images that hold it (Eigen & Fergus 2015; SegNet)"
-    share = torch.as_tensor(pixels).double() / torch.as_tensor(image_pixels)
+    pixels, image_pixels = (torch.as_tensor(v).double() for v in (pixels, image_pixels))
+    if pixels.ndim != 1 or pixels.shape != image_pixels.shape or not ((0 <= pixels) & (pixels <= image_pixels) & pixels.isfinite()).all():
+        raise ValueError(f"pixels {pixels.tolist()} of image pixels {image_pixels.tolist()} found; expected two counts for each class,"
+                         " the second no smaller than the first")
+    if not pixels.any(): raise ValueError("no labelled pixel found; expected counts of a training set with some")
+    share = pixels / image_pixels
     return _filled(share[share > 0].quantile(0.5) / share)
 
 def sqrt_frequency_weights(
@@ -111,7 +120,7 @@ class FocalLoss(SegmentationLoss):
                  ignore_index: int = VOID,
                 ):
         super().__init__(weight, ignore_index)
-        if gamma < 0: raise ValueError(f"gamma {gamma} found; expected 0 or more")
+        if not 0 <= gamma < float("inf"): raise ValueError(f"gamma {gamma} found; expected 0 or more")
         self.gamma = gamma
 
     def mass(self, labels: Tensor) -> Tensor: # scalar

@@ -72,7 +72,8 @@ class Critic(nn.Module):
 
     def forward(self, images: Tensor, maps: Tensor) -> Tensor:
         check_pair(images, maps, self.in_channels, self.num_classes, type(self).__name__)
-        scores = self.scores(images, maps)
+        kind = next(self.parameters()).dtype  # the critic's own, whatever the pictures'
+        scores = self.scores(images.to(kind), maps.to(kind))
         logits = scores[:, 1:] - scores[:, :1]
         return logits.mean((2, 3)) if self.verdict == "image" else logits
 

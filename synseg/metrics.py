@@ -54,6 +54,7 @@ def _pair(pred, target) -> tuple[Tensor, Tensor]: # both (N, H, W), integers
     "Prediction (labels or logits) and truth as two maps of the same shape; ValueError where they do not fit"
     pred, target = torch.as_tensor(pred), torch.as_tensor(target)
     if pred.ndim == target.ndim + 1 and pred.is_floating_point(): pred = winner(pred)
+    pred, target = (m if m.dtype in (torch.uint8, torch.int64) or m.is_floating_point() or m.is_complex() else m.long() for m in (pred, target))
     for labels, what in ((pred, "prediction"), (target, "label")):
         if labels.is_floating_point() or labels.is_complex() or labels.ndim not in (2, 3):
             raise ValueError(f"{what} of type {labels.dtype} and shape {tuple(labels.shape)} found; expected integer labels"
@@ -96,7 +97,8 @@ class _Counts:
                  num_classes: int, # K
                  ignore_index: int = VOID, # the value that means void
                 ):
-        if num_classes < 1: raise ValueError(f"num_classes {num_classes} found; expected 1 or more")
+        if int(num_classes) != num_classes or not 1 <= num_classes <= 10_000:
+            raise ValueError(f"num_classes {num_classes} found; expected a whole number from 1 to 10,000")
         self.num_classes, self.ignore_index = int(num_classes), ignore_index
         self.reset()
 
@@ -211,7 +213,9 @@ def boundary_band(
     border: bool = False, # whether the image's edge counts as a boundary
 ) -> Tensor: # the same shape, bool
     "Pixels with another label within `width` pixels (square neighbourhood); void counts as a label"
-    if width < 1: raise ValueError(f"width {width} found; expected 1 pixel or more")
+    if not labels.numel(): raise ValueError(f"labels of shape {tuple(labels.shape)} found; an empty picture has no boundary")
+    if not 1 <= width < 2**31 or int(width) != width: raise ValueError(f"width {width} found; expected a whole number of pixels, 1 or more")
+    width = min(int(width), max(labels.shape[-2:])) # further away there is nothing
     x = labels.view(-1, 1, *labels.shape[-2:]).float()
     if border: x = F.pad(x, [width] * 4, value=-1)
     pad = 0 if border else width
@@ -230,10 +234,11 @@ def trimap_iou(
     pred, target = _pair(pred, target)
     near = target.masked_fill(~boundary_band(target, width), ignore_index)
     num_classes = num_classes or _classes_found(pred, target, ignore_index)
+    _checked(target, num_classes, ignore_index, "label") # also what lies outside of the band
     return ConfusionMatrix(num_classes, ignore_index).update(pred, near).mean_iou()
 
 def _classes_found(pred, target, ignore_index) -> int:
-    return 1 + max(int(m.masked_fill(m == ignore_index, 0).max()) for m in (pred.long(), target.long()))
+    return 1 + max((int(m.masked_fill(m == ignore_index, 0).max()) for m in (pred.long(), target.long()) if m.numel()), default=0)
 
 # %% ../nbs/09_metrics.ipynb #d7d5c624
 def boundary_counts(
@@ -245,6 +250,8 @@ def boundary_counts(
 ) -> tuple[Tensor, Tensor]: # intersections and unions, (K,) int64 each: sum them over a data set, then divide
     "Per class, the overlap of the inner boundary bands of prediction and truth (Cheng et al. 2021, equation 1)"
     pred, target = _pair(pred, target)
+    if not 0 <= ratio <= 1: raise ValueError(f"ratio {ratio} found; expected a share of the diagonal, 0 to 1")
+    for m, what in ((pred, "prediction"), (target, "label")): _checked(m, num_classes, ignore_index, what) # also outside of the bands
     void = target == ignore_index
     width = max(1, round(ratio * math.hypot(*target.shape[-2:])))
     inner = [m.masked_fill(~boundary_band(m, width, border=True), ignore_index)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import crop as cut
 
-from .core import write_json
+from .core import read_json, write_json
 from .datasets import SegmentationFiles, load_dataset
 from .labels import LabelSpace
 from .runs import VALID_SEED, Chosen
@@ -87,7 +87,7 @@ def stack(dataset: SegmentationFiles, n: int | None = None) -> Tensor:
 def same_plan(path: Path, plan: dict) -> None:
     "Keep the settings beside what they made; ValueError where others made it"
     plan = json.loads(json.dumps(plan))
-    if path.is_file() and (old := json.loads(path.read_text(encoding="utf-8"))) != plan:
-        differ = [k for k in plan if plan[k] != old.get(k)]
+    if path.is_file() and (old := read_json(path)) != plan:
+        differ = [k for k in plan if not isinstance(old, dict) or plan[k] != old.get(k)]
         raise ValueError(f"{path.parent} was made with other settings ({', '.join(differ)}): choose another folder (--out), or delete it")
     write_json(path, plan)

@@ -23,12 +23,14 @@ from .core import IMAGENET_MEAN, IMAGENET_STD
 # %% ../nbs/72_realism.ipynb #2efcf829
 def _feature_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     "Two feature matrices as float64 on the CPU; ValueError where no distance is defined"
-    x, y = (torch.as_tensor(v).detach().cpu().double() for v in (x, y))
+    x, y = (torch.as_tensor(v).detach().cpu() for v in (x, y))
+    if x.is_complex() or y.is_complex(): raise ValueError(f"features of {x.dtype} and {y.dtype} found; expected real numbers")
+    x, y = x.double(), y.double()
     for v in (x, y):
         if v.ndim != 2 or v.shape[1] != x.shape[1] or not v.shape[1]:
             raise ValueError(f"found features of shapes {tuple(x.shape)} and {tuple(y.shape)}; expected (N, D) and (M, D)")
         if len(v) < 2: raise ValueError(f"{len(v)} picture found in a set; a spread needs two or more (and to be trusted, thousands)")
-        if not v.isfinite().all(): raise ValueError("a feature is NaN or infinite")
+        if not (v.abs() < 1e40).all(): raise ValueError("a feature is NaN, infinite, or so large that its square is")
     return x, y
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]: # (N, D) -> mean (D,), root (min(N, D), D)
@@ -99,7 +101,7 @@ class Features(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.mean.shape[1] or not x.is_floating_point():
             raise ValueError(f"expected float pictures (N, {self.mean.shape[1]}, H, W) in [0, 1]; found {tuple(x.shape)} {x.dtype}")
         if self.size: x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True)
-        return _watch(self.net, self.layers, (x - self.mean) / self.std)
+        return _watch(self.net, self.layers, (x.to(self.mean.dtype) - self.mean) / self.std)
 
     @torch.no_grad()
     def forward(self, x: Tensor, batch: int = 32) -> Tensor:
@@ -216,7 +218,7 @@ def kernel_distance(
     x, y = _feature_pair(x, y)
     least = min(len(x), len(y))
     m = min(least // 2, 1000) if subset_size is None else subset_size
-    if not 2 <= m < least or subsets < 2:
+    if not 2 <= m < least or subsets < 2 or int(m) != m or int(subsets) != subsets:
         raise ValueError(f"{subsets} subsets of {m} pictures from sets of {len(x)} and {len(y)}: expected 2 or more subsets, of at "
                          "least 2 and fewer pictures than the smaller set has (all of it leaves nothing that could vary)")
     dice = torch.Generator().manual_seed(seed)
@@ -237,8 +239,9 @@ def ssim(
     "Structural similarity of pairs (Wang et al. 2004), as tf.image.ssim: 11x11 Gaussian of 1.5 pixels, no border, channels averaged"
     if x.shape != y.shape or x.ndim != 4 or not (x.is_floating_point() and y.is_floating_point()): raise ValueError(
         f"found {tuple(x.shape)} {x.dtype} and {tuple(y.shape)} {y.dtype}; expected two float batches of one shape (N, C, H, W)")
+    if not x.shape[0] or not x.shape[1]: raise ValueError(f"pictures of shape {tuple(x.shape)} found; expected one at least")
     if min(x.shape[-2:]) < 11: raise ValueError(f"pictures of {x.shape[-2]}x{x.shape[-1]} found; SSIM's window needs 11x11")
-    if not max_val > 0: raise ValueError(f"max_val is {max_val}; expected the range of the values, such as 1 or 255")
+    if not 0 < max_val < math.inf: raise ValueError(f"max_val is {max_val}; expected the range of the values, such as 1 or 255")
     x, y = x.double(), y.double()
     bell = torch.exp(-(torch.arange(11).to(x) - 5)**2 / (2 * 1.5**2))
     slide = lambda n: F.conv1d(torch.eye(n).to(x)[:, None], (bell / bell.sum()).view(1, 1, 11))[:, 0] # (n, n - 10): all windows at once

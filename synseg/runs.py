@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'CLASS_WEIGHTS', 'DOMAINS', 'KEEP_BYTES', 'VALID_SEED', 'CP
            'take_over', 'build', 'train', 'read_run']
 
 # %% ../nbs/95_runs.ipynb #2b2a42cd
-import json, math
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from .core import default_device, seed_everything, write_json
+from .core import default_device, read_json, seed_everything, write_json
 from .datasets import Seeded, class_frequencies, load_dataset
 from .discriminators import adversary
 from .enet import log_weights
 from .engine import AUX_WEIGHT
 from .losses import DiceLoss, FocalLoss, LovaszSoftmaxLoss, median_frequency_weights
 from .optimizers import check_optimizer, create_optimizer, create_schedule, freeze_norms, per_process
+from .runstate import alone_in
 from .scenes import Scenes
 from .train import Learner
 from .transforms import train_transforms
@@ -258,17 +259,18 @@ def train(run: Run, out: str | Path, root: str | Path | None = None, resume: boo
     run = settled(run, data)
     held = score_set(replace(run, images=min(200, run.images or 200) if run.data == "scenes" else None), root)
     trainer = build(run, data, held, out, **learner)
-    if trainer.engine.main: write_json(out / "run.json", dict(format=FORMAT, run=asdict(run), root=str(Path(root).resolve()) if root else None))
-    if resume and (out / "state.pt").exists(): trainer.resume(out)
+    with alone_in(out if trainer.engine.main else None):  # nothing is overwritten where another run is at work
+        if trainer.engine.main: write_json(out / "run.json", dict(format=FORMAT, run=asdict(run), root=str(Path(root).resolve()) if root else None))
+        if resume and (out / "state.pt").exists(): trainer.resume(out)
     return trainer.fit(run.epochs, run.minutes)
 
 def read_run(out: str | Path, root: str | Path | None = None) -> tuple[Run, str | None]:
     "Settings and data folder of the run in `out`; FileNotFoundError where there is none"
     path = Path(out) / "run.json"
     if not path.is_file(): raise FileNotFoundError(f"{out} holds no run (no run.json): is it the folder given as --out?")
-    try: content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content := read_json(path), dict) or not isinstance(content.get("run"), dict): raise ValueError(f"{path} is damaged: it holds no run")
     known = {f.name for f in fields(Run)}
     found = {k: v for k, v in content["run"].items() if k in known}
     if "format" not in content and found.get("optimizer") != "sgd": found.pop("momentum", None)
-    return Run(**found), root or content.get("root")
+    try: return Run(**found), root or content.get("root")
+    except (TypeError, KeyError, AttributeError) as error: raise ValueError(f"{path} is damaged: {error}") from error

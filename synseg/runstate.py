@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Interrupted', 'Diverged', 'process_state', 'Progress', 'check_loss', 'interrupted', 'StopRequest', 'stop_requests',
-           'rng_state', 'set_rng_state', 'save_state', 'load_state', 'check_same_run', 'all_finite', 'save_weights']
+           'rng_state', 'set_rng_state', 'save_state', 'alone_in', 'load_state', 'check_same_run', 'all_finite',
+           'save_weights']
 
 # %% ../nbs/88_runstate.ipynb #6ef8dd92
-import contextlib, math, random, signal, threading, time
+import contextlib, errno, math, os, random, signal, threading, time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -147,6 +148,34 @@ def save_state(state: dict, path: str | Path) -> Path:
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         raise OSError(f"could not save {path}: {error}. Make room there or choose another folder; {stands}.") from error
     return path
+
+try: import fcntl  # not on Windows
+except ImportError: fcntl = None
+
+@contextlib.contextmanager
+def alone_in(folder: str | Path | None):
+    """Hold a run's folder while the block runs; ValueError where another process, or another run of this one, holds it.
+
+    It is the folder itself that is locked, so nothing is left behind: when the process ends, however it ends, the system lets go.
+    Windows, where folders cannot be locked, locks a file `.lock` in it. None holds nothing."""
+    if folder is None:
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else os.open(folder/".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        try: _lock(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK): pass  # a file system without locks: go on unprotected
+            else: raise ValueError(f"another run is at work in {folder}: wait until it ends or stop it, or choose another folder (--out)") from None
+        yield
+    finally: os.close(descriptor)
+
+def _lock(descriptor: int) -> None:
+    if fcntl: return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    import msvcrt
+    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
 def load_state(path: str | Path) -> dict:
     "Read a state: tensors and plain values only, nothing in the file is executed. Errors say what is wrong with it"

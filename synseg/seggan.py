@@ -89,7 +89,7 @@ class ConvCritic(nn.Module):
     def verdicts(self, images: Tensor, maps: Tensor) -> Tensor:
         "Logits at the critic's own resolution, (N, 1, H/32, W/32), rounded up for kernels of 3 and down for kernels of 4"
         check_pair(images, maps, self.in_channels, self.num_classes, type(self).__name__, self.smallest)
-        x = self.judged(images, maps)
+        x = self.judged(images.to(self.last.weight.dtype), maps.to(self.last.weight.dtype))
         for i, stage in enumerate(self.hidden):
             x = stage(x)
             if i < len(self.between): x = x.shape[1] * self.between[i](x.softmax(1), F.interpolate(images, x.shape[-2:], mode="area"))

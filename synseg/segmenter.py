@@ -104,6 +104,7 @@ class Segmenter(PretrainedEncoder):
     def prepare(self, x: Tensor) -> Tensor:
         "The checked, normalised and padded image; raises ValueError where it cannot be one"
         check_image(x, self.in_channels, self.min_size, type(self).__name__)
+        if x.dtype != self.mean.dtype: x = x.to(self.mean.dtype)  # the network's own, whatever the image's
         return pad_to_stride((x - self.mean) / self.std, self.stride)
 
     def forward(self, x: Tensor) -> Tensor:

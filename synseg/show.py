@@ -43,15 +43,23 @@ def _figure(*shape, **options) -> tuple[Figure, np.ndarray]:
 # %% ../nbs/08_show.ipynb #e62ffef2
 def as_picture(image) -> np.ndarray: # (H, W, 3) uint8
     "A tensor (3 or 1, H, W), array or PIL image (H, W, 3 or 1), float in [0, 1] or bytes, as an array to draw; else ValueError"
-    if isinstance(image, Tensor): image = image.detach().cpu().movedim(0, -1) if image.ndim == 3 else image.detach().cpu()
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().float() if image.is_floating_point() else image.detach().cpu()
+        if image.ndim == 3: image = image.movedim(0, -1)
     image = np.asarray(image)
-    if image.dtype.kind == "f": image = (image.clip(0, 1) * 255).round()
+    if image.dtype.kind not in "buif" or not image.size or np.isnan(low := image.min()):
+        raise ValueError(f"image of {image.dtype}, shape {image.shape}, found; expected bytes or floats in [0, 1], without NaN")
+    if image.dtype.kind in "iu" and (low < 0 or image.max() > 255):
+        raise ValueError(f"image values from {low} to {image.max()} found; expected 0 to 255, or floats in [0, 1]: divide by the largest value")
+    if image.dtype.kind in "fb": image = (image.clip(0, 1) * 255.0).round()
     if image.ndim == 2: image = image[..., None]
     if image.ndim != 3 or image.shape[-1] not in (1, 3):
         raise ValueError(f"image of shape {image.shape} (height, width, channels) found; expected 1 or 3 channels")
     return np.broadcast_to(image.astype(np.uint8), (*image.shape[:2], 3))
 
-def _as_map(labels) -> np.ndarray: return np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+def _as_map(labels) -> np.ndarray:
+    if isinstance(labels, Tensor): labels = labels.detach().cpu().float() if labels.dtype == torch.bfloat16 else labels.detach().cpu()
+    return np.asarray(labels)
 
 # %% ../nbs/08_show.ipynb #746911be
 def _colours(space: LabelSpace | None, labels: Sequence[np.ndarray]) -> LabelSpace:
@@ -71,6 +79,7 @@ def overlay(
     picture, label = as_picture(image), _as_map(label)
     if picture.shape[:2] != label.shape:
         raise ValueError(f"image {picture.shape[:2]} and label {label.shape} found; expected one size")
+    if not 0 <= alpha <= 1: raise ValueError(f"alpha is {alpha}; it is the share of the label's colour, 0 to 1")
     tint = np.where(label == VOID, 0.0, alpha)[..., None]
     return (picture * (1 - tint) + _colours(space, [label]).to_colour(label) * tint).round().astype(np.uint8)
 
@@ -135,7 +144,8 @@ def show_segmentation(
     titles: Sequence[str] | None = None, # a note for each image
 ) -> Figure: # one row an image: image, truth, prediction, mistakes, as far as they are given
     "Image, truth, prediction and mistakes side by side, with a legend of the classes in sight"
-    images = _listed(images, 3)[:rows]
+    images = _listed(images, 3)[:max(0, rows)]
+    if not images: raise ValueError(f"no image to draw: rows is {rows}, and there must be one image at least")
     known = {"truth": _listed(labels, 2), "prediction": _listed(predictions, 2)}
     known = {name: [_as_map(m) for m in maps[:rows]] for name, maps in known.items() if maps is not None}
     if any(len(maps) != len(images) for maps in known.values()):
@@ -204,8 +214,11 @@ def read_history(
     path = Path(source) / "metrics.jsonl" if Path(source).is_dir() else Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found; expected the metrics.jsonl of a training run (synseg train --out)")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [json.loads(line) for i, line in enumerate(lines) if i < len(lines) - 1 or line.rstrip().endswith("}")]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    try: rows = [json.loads(line) for i, line in enumerate(lines) if i < len(lines) - 1 or line.rstrip().endswith("}")]
+    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is damaged: a line is no JSON object ({error})") from error
+    if all(isinstance(row, dict) for row in rows): return rows
+    raise ValueError(f"{path} is damaged: each line should be a JSON object, as a training run writes them")
 
 def curves(
     runs, # as `read_history` takes it, or a dictionary name -> such a run to compare several

@@ -66,7 +66,7 @@ class Refiner(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.in_channels, 1, type(self).__name__)
-        x = 2*x - 1
+        x = 2*x.to(self.last.weight.dtype) - 1
         z = self.last(self.blocks(F.relu(self.first(x))))
         if self.skip: z = z + torch.atanh(x.clamp(-self.edge, self.edge))
         return (torch.tanh(z) + 1)/2
@@ -97,7 +97,7 @@ class LocalCritic(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         check_image(x, self.in_channels, 1, type(self).__name__)
-        return super().forward(2*x - 1)
+        return super().forward(2*x.to(self[0].weight.dtype) - 1)
 
 # %% ../nbs/73_simgan.ipynb #622f8937
 def self_regularisation(refined: Tensor, synthetic: Tensor,  # both (N, C, H, W) in [0, 1]
@@ -152,6 +152,7 @@ class HistoryBuffer(_Held):
     Draws come from torch's global generator."""
     @torch.no_grad()
     def exchange(self, refined: Tensor) -> Tensor:
+        if refined.ndim != 4: raise ValueError(f"pictures of shape {tuple(refined.shape)} found; expected a batch (b, C, H, W)")
         half = len(refined)//2
         if half > self.size:
             raise ValueError(f"a buffer of {self.size} pictures cannot give {half}, half a batch of {len(refined)}: make it larger")

@@ -18,7 +18,7 @@ from .callbacks import Callback, MetricsLog, usual_callbacks
 from .core import seed_everything
 from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, num_classes_of, order_of, weighted_loss
 from .optimizers import sync_norms as synchronised
-from .runstate import (Diverged, Progress, all_finite, check_loss, check_same_run, interrupted, load_state, rng_state,
+from .runstate import (Diverged, Progress, all_finite, alone_in, check_loss, check_same_run, interrupted, load_state, rng_state,
                              save_state, save_weights, set_rng_state, stop_requests)
 from .schedules import Schedule, cosine
 from .scoring import label_space_of
@@ -252,7 +252,7 @@ class Learner(_Epochs):
         """
         self._begin(epochs, minutes)
         try:
-            with stop_requests() as self._request:
+            with alone_in(self.out if self.engine.main else None), stop_requests() as self._request:
                 self._each("on_start")
                 while self.fraction() < 1 and not self.stop: self._one_epoch()
         finally:
@@ -264,7 +264,7 @@ class Learner(_Epochs):
     def _begin(self, epochs: int | None, minutes: float | None) -> None:
         if self.train is None: raise ValueError("this Learner has no training set: Learner(model, train, ...)")
         if epochs is None and minutes is None: raise ValueError("say how long to train: fit(epochs=...) or fit(minutes=...)")
-        if (epochs is not None and epochs < 1) or (minutes is not None and minutes <= 0):
+        if (epochs is not None and not epochs >= 1) or (minutes is not None and not minutes > 0):
             raise ValueError(f"fit(epochs={epochs}, minutes={minutes}): expected positive numbers")
         self._goal, self.stop = (epochs or 10**6, minutes), None
         self.engine.begin()

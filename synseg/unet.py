@@ -156,7 +156,7 @@ class ValidUNet(UNet):
             raise ValueError(f"image is {x.shape[-2]}x{x.shape[-1]}; without padding this U-Net takes sizes of "
                              f"{(4 + loss) % unit} mod {unit}, at least {loss + 4}, such as 572x572. "
                              "Use overlap_tile(model, x), which mirrors the border and takes any size")
-        return (x - self.mean) / self.std
+        return (x.to(self.mean.dtype) - self.mean) / self.std
 
     def forward(self, x: Tensor) -> Tensor: return self.compute(self.prepare(x))
     def forward_aux(self, x: Tensor): return self(x), []
