@@ -62,3 +62,33 @@ def test_the_course_says_which_chapters_ran(tmp_path, monkeypatch):
         course.main()
     status = json.loads((tmp_path / "course-out" / "status.json").read_text())["chapters"]
     assert status["01_good"]["ok"] and status["01_good"]["seconds"] > 0 and not status["02_bad"]["ok"] and "rotten" in status["02_bad"]["error"]
+
+
+def test_workflows_and_templates_are_yaml():
+    import yaml
+    weekly = yaml.safe_load((ROOT / ".github" / "workflows" / "weekly.yml").read_text())
+    assert {"newest", "colab", "publish-status"} <= set(weekly["jobs"])
+    for path in sorted((ROOT / ".github").rglob("*.yml")):
+        assert yaml.safe_load(path.read_text()), path
+    forms = [yaml.safe_load(p.read_text()) for p in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if p.stem != "config"]
+    assert len(forms) >= 3 and all({"name", "description", "body"} <= set(f) for f in forms)
+
+
+def test_colab_versions_are_allowed():
+    from packaging.requirements import Requirement
+    pinned = dict(line.split("==") for line in (ROOT / ".github" / "colab-requirements.txt").read_text().splitlines() if "==" in line and line[0] != "#")
+    settings = (ROOT / "settings.ini").read_text().splitlines()
+    needed = next(line for line in settings if line.startswith("requirements = ")).split(" = ")[1].split()
+    course_needs = next(line for line in settings if line.startswith("course_requirements = ")).split(" = ")[1].split()
+    for text in needed + course_needs:
+        need = Requirement(text)
+        if need.name in pinned:
+            assert pinned[need.name] in need.specifier, f"Colab has {need.name} {pinned[need.name]}, settings.ini wants {need.specifier}"
+    assert {Requirement(t).name for t in needed} <= set(pinned)
+
+
+def test_shipped_weights_are_small():
+    files = list((ROOT / "synseg" / "weights").glob("*.safetensors"))
+    assert files and sum(f.stat().st_size for f in files) <= 8e6
+    for f in files:
+        assert (ROOT / "results" / f"scenes_{f.stem.removesuffix('-scenes')}.json").exists(), "trained by a recorded recipe"

@@ -2,6 +2,7 @@
 
 tools/course.py writes course-out/status.json; the weekly run publishes it, and the site shows a badge on top of a page
 where a status file lies at nbs/status.json or where SYNSEG_STATUS points."""
+import argparse
 import html
 import json
 import os
@@ -56,3 +57,18 @@ def badge(name, status):
     why = f" <code>{html.escape(said[-1][:160])}</code>" if said else ""
     return (f'<div class="callout callout-warning chapter-failed" role="note"><p><strong>This chapter failed on {date} with {where}.</strong> '
             f"What is shown below is from its last good run.{why}</p></div>")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Merge status files of several runs into one")
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--to", type=Path, required=True)
+    args = parser.parse_args()
+    both = merged(*map(read_status, args.paths))
+    args.to.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
+    bad = [name for name, c in both["chapters"].items() if not c.get("ok")]
+    print(f"{len(both['chapters'])} chapters, {len(bad)} failed" + "".join(f"\n  {name}" for name in bad))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,8 @@ from PIL import Image
 from synseg import Scenes
 Image.fromarray(Scenes(1, size=(240, 320), domain="camera", seed=9).raw(0)[0]).save("photo.jpg")
 PY
+"$bin/synseg" predict photo.jpg --out first
+test -f first/photo_overlay.png
 "$bin/synseg" predict runs/first photo.jpg --out out
 ls out
 test "$(ls out | wc -l)" -ge 3
