@@ -109,8 +109,8 @@ def _boxes(model: nn.Module, heights: dict[str, set[int]]) -> dict[str, nn.Modul
     return found
 
 # %% ../nbs/39_wiring.ipynb #35875f76
-class _Recorder(TorchFunctionMode):
-    "Knows of every tensor between the boxes where it comes from; functions of several sources become joins"
+class _Ledger:
+    "The nodes and edges so far, and of every tensor between the boxes where it comes from"
     def __init__(self, x: Tensor):
         super().__init__()
         self.nodes, self.edges, self.inside, self.claimed, self.flow = [], [], 0, set(), {}
@@ -126,24 +126,6 @@ class _Recorder(TorchFunctionMode):
     def mark(self, tensor: Tensor, origin) -> None:
         self.kept.append(tensor)
         self.origin[id(tensor)] = origin
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given, name = list(_tensors([args, kwargs or {}])), func.__name__.strip("_")
-        results = [args[0]] if name == "setitem" else list(_tensors(out))
-        if self.inside:
-            used = set().union(*(self.flow.get(id(t), ()) for t in given))
-            for t in results: self.follow(t, used)
-            return out
-        known = [t for t in given if id(t) in self.origin]
-        if not results or not known: return out
-        name = {"iadd": "add", "imul": "mul", "isub": "sub"}.get(name, name)
-        if len({self.origin[id(t)][0] for t in known}) > 1:
-            self.add(Node(name, "join", results[0].shape[1], tuple(results[0].shape[-2:])), known, results)
-        else:
-            source, ops = self.origin[id(known[0])]
-            for t in results: self.mark(t, (source, ops if t.shape == known[0].shape else (*ops, name)))
-        return out
 
     def follow(self, tensor: Tensor, used: set[int]) -> None:
         "Within a box: which of its inputs this tensor was made of"
@@ -168,6 +150,27 @@ class _Recorder(TorchFunctionMode):
             self.add(node, [t for t in self.inputs if id(t) in used], outs)
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave)
+
+# %% ../nbs/39_wiring.ipynb #7d1e0c5a
+class _Recorder(_Ledger, TorchFunctionMode):
+    "Reads along while it is switched on; functions of several sources become joins"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given, name = list(_tensors([args, kwargs or {}])), func.__name__.strip("_")
+        results = [args[0]] if name == "setitem" else list(_tensors(out))
+        if self.inside:
+            used = set().union(*(self.flow.get(id(t), ()) for t in given))
+            for t in results: self.follow(t, used)
+            return out
+        known = [t for t in given if id(t) in self.origin]
+        if not results or not known: return out
+        name = {"iadd": "add", "imul": "mul", "isub": "sub"}.get(name, name)
+        if len({self.origin[id(t)][0] for t in known}) > 1:
+            self.add(Node(name, "join", results[0].shape[1], tuple(results[0].shape[-2:])), known, results)
+        else:
+            source, ops = self.origin[id(known[0])]
+            for t in results: self.mark(t, (source, ops if t.shape == known[0].shape else (*ops, name)))
+        return out
 
 # %% ../nbs/39_wiring.ipynb #0e947e8d
 def _absorbed(e: Edge, nodes, edges, outs, ins, crowded: bool) -> tuple[int, Node, tuple[str, ...]] | None:
