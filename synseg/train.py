@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from .callbacks import Callback, MetricsLog, usual_callbacks
 from .core import seed_everything
-from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, num_classes_of, order_of, weighted_loss
+from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, num_classes_of, order_of, unpacked, weighted_loss
 from .runstate import (Diverged, Progress, all_finite, check_loss, check_same_run, interrupted, load_state, rng_state,
                              save_state, save_weights, set_rng_state, stop_requests)
 from .schedules import Schedule, cosine
@@ -167,7 +167,7 @@ class _Stepping(_Scoring):
         self._rng = None
 
     def _learn(self, images: Tensor, labels: Tensor, *extra: Tensor) -> None:
-        p, state = self.progress, self.out and self.out/"state.pt"
+        p, state, labels = self.progress, self.out and self.out/"state.pt", unpacked(labels)
         if p.images == 0 and self.engine.world == 1:
             self.engine.check_first(self.train, self.sampler.order(), self.num_classes, images, labels, *extra)
         factor, every = self.schedule(self.fraction()), 1 if self.device.type == "cpu" else 20  # reading it makes a GPU wait
