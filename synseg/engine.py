@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUX_WEIGHT', 'adamw', 'num_classes_of', 'weighted_loss', 'order_of', 'check_batch', 'OwnItems', 'memory_layout',
-           'Engine']
+           'packed', 'unpacked', 'Engine']
 
 # %% ../nbs/89_engine.ipynb #61964f56
 import os, time
@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
 
 from .core import VOID
 from .datasets import Seeded
@@ -101,11 +101,10 @@ class _WithAux(nn.Module):
         return self.model.forward_aux(images) if hasattr(self.model, "forward_aux") else (self.model(images), [])
 
 # %% ../nbs/89_engine.ipynb #04bb334d
-def memory_layout(model: nn.Module, device: torch.device, bf16: bool) -> torch.memory_format:
-    "Channels last on CPU and CUDA; but ordinary where bfloat16 on a CPU would give dilated grouped convolutions a wrong gradient"
+def memory_layout(model: nn.Module, device: torch.device) -> torch.memory_format:
+    "Channels last on CPU and CUDA; but ordinary on a CPU for dilated grouped convolutions: wrong in bfloat16, no faster in float32"
     dilated = any(isinstance(m, nn.Conv2d) and m.groups > 1 and max(m.dilation) > 1 for m in model.modules())
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and bf16 and dilated): return torch.contiguous_format
-    return torch.channels_last
+    return torch.channels_last if device.type == "cuda" or device.type == "cpu" and not dilated else torch.contiguous_format
 
 # %% ../nbs/89_engine.ipynb #dd1c7531
 class _Accelerated:
@@ -114,10 +113,11 @@ class _Accelerated:
                  clip: float | None = None, ema: float = 0.0, aux_weight: float = AUX_WEIGHT):
         if accumulate < 1: raise ValueError(f"accumulate is {accumulate}; it counts batches: 1 or more")
         process_state()  # joins the other processes, also where all are on CPUs
-        self.accelerator = Accelerator(gradient_accumulation_steps=accumulate, mixed_precision="no")  # autocast is ours
+        self.accelerator = Accelerator(gradient_accumulation_steps=accumulate, mixed_precision="no",  # autocast is ours
+                                       dataloader_config=DataLoaderConfiguration(non_blocking=True))  # a batch comes while the last is learnt from
         self.device, self.accumulate, self.clip, self.aux_weight = self.accelerator.device, accumulate, clip, aux_weight
         self.bf16 = uses_bf16(precision, self.device)
-        self.layout = memory_layout(model, self.device, self.bf16)
+        self.layout = memory_layout(model, self.device)
         self.model = model.to(self.device, memory_format=self.layout)
         self.loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
         self.ema = Ema(self.model, ema) if ema else None
@@ -169,6 +169,17 @@ class _Shared(_Accelerated):
         return self._clock[1]
 
 # %% ../nbs/89_engine.ipynb #f028ce1b
+def packed(items: list) -> list[Tensor]:
+    "A batch whose labels travel as bytes where they fit; `unpacked` widens them on the device"
+    images, labels, *extra = default_collate(items)
+    fits = labels.dtype == torch.int64 and labels.numel() and 0 <= int(labels.min()) and int(labels.max()) <= VOID
+    return [images, labels.to(torch.uint8) if fits else labels, *extra]
+
+def unpacked(labels: Tensor) -> Tensor:
+    "Labels as losses want them"
+    return labels.long() if labels.dtype == torch.uint8 else labels
+
+# %% ../nbs/89_engine.ipynb #2a2c14bc
 class _Fed(_Shared):
     "Batches in, scores out"
     def loader(self, dataset: Dataset, batch_size: int, sampler: Sampler, workers: int | None = None) -> DataLoader:
@@ -177,10 +188,10 @@ class _Fed(_Shared):
         # A generator of its own: else the start of each epoch would draw from the one that dropout uses.
         how = dict(num_workers=workers, generator=torch.Generator(), pin_memory=self.device.type == "cuda")
         if isinstance(dataset, IterableDataset):  # a stream brings whole batches, already shared out
-            return prepare_data_loader(DataLoader(dataset, None, **how), self.device, 1, 0, put_on_device=True, dispatch_batches=False)
+            return prepare_data_loader(DataLoader(dataset, None, **how), self.device, 1, 0, put_on_device=True, dispatch_batches=False, non_blocking=True)
         if len(dataset) < self.world: raise ValueError(f"{len(dataset)} training images for {self.world} processes: start fewer")
-        batch_size = min(batch_size, len(dataset)//self.world)
-        return self.accelerator.prepare(DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, **how))
+        batch_size, pack = min(batch_size, len(dataset)//self.world), packed if self.device.type == "cuda" else None
+        return self.accelerator.prepare(DataLoader(dataset, batch_size, sampler=sampler, drop_last=True, collate_fn=pack, **how))
 
     def evaluate(self, dataset: Dataset, size: tuple[int, int] | None, batch_size: int, precision: str) -> dict:
         "Scores of the averaged model as in `scoring.evaluate`, the images shared out among the processes"

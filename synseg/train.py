@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .callbacks import Callback, MetricsLog, usual_callbacks
 from .core import seed_everything
-from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, num_classes_of, order_of, weighted_loss
+from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, num_classes_of, order_of, unpacked, weighted_loss
 from .optimizers import sync_norms as synchronised
 from .runstate import (Diverged, Progress, all_finite, alone_in, check_loss, check_same_run, interrupted, load_state, rng_state,
                              save_state, save_weights, set_rng_state, stop_requests)
@@ -189,7 +189,7 @@ class _Stepping(_Scoring):
         self._rng = None
 
     def _learn(self, images: Tensor, labels: Tensor, *extra: Tensor) -> None:
-        p, state = self.progress, self.out and self.out/"state.pt"
+        p, state, labels = self.progress, self.out and self.out/"state.pt", unpacked(labels)
         if p.images == 0:
             self.engine.check_first(self.train, self.sampler.order()[self.engine.rank*self.batch_size:], self.num_classes, images, labels, *extra)
         factor, every = self.schedule(self.fraction()), 1 if self.device.type == "cpu" else 20  # reading it makes a GPU wait
