@@ -179,14 +179,12 @@ def predict(
         raise ValueError("--tile, --tta and --crf are for single photographs: name these one by one, as in FOLDER/*.jpg")
     model = load_model(checkpoint(run)).to(default_device())
     refine, seen = crf_layer(crf, max(2, model.num_classes)), parse_view(size, model.card.input_size)
-    halo = halo_for(model) if tile else None
-    space = _display_space(model)
+    halo, space = halo_for(model) if tile else None, _display_space(model)
     for photo in photos:
         if moving(photo):
             _write_frames(out, model, photo, seen, batch, alpha, space)
             continue
-        image = as_image(photo)
-        labels = segment(model, image, tile, tta, refine, size=seen, halo=halo)
+        labels = segment(model, image := as_image(photo), tile, tta, refine, size=seen, halo=halo)
         _write_pictures(out, photo.stem, image, labels, space)
         found = sorted(((float((labels == k).double().mean()), n) for k, n in enumerate(space.names)), reverse=True)
         typer.echo(f"{photo}: " + ", ".join(f"{n} {100 * share:.0f} %" for share, n in found[:5] if share >= 0.005))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_pair', 'SegmentationFiles', 'load_dataset', 'ClassFrequencies', 'class_frequencies', 'Seeded', 'pad_collate',
-           'download_dataset']
+           'packed', 'unpacked', 'download_dataset']
 
 # %% ../nbs/07_datasets.ipynb #4434e293
 import contextlib
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision import tv_tensors
 
 from .core import IMAGENET_MEAN, VOID
@@ -152,6 +152,16 @@ def pad_collate(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
         if image.shape[1:] != label.shape: raise ValueError("pad_collate needs image and label of one size")
         images[n, :, :h, :w], labels[n, :h, :w] = image, label
     return images, labels
+
+def packed(items: list) -> list[Tensor]:
+    "A batch whose labels travel as bytes where they fit; `unpacked` widens them on the device"
+    images, labels, *extra = default_collate(items)
+    fits = labels.dtype == torch.int64 and labels.numel() and 0 <= int(labels.min()) and int(labels.max()) <= VOID
+    return [images, labels.to(torch.uint8) if fits else labels, *extra]
+
+def unpacked(labels: Tensor) -> Tensor:
+    "Labels as losses want them"
+    return labels.long() if labels.dtype == torch.uint8 else labels
 
 # %% ../nbs/07_datasets.ipynb #dbc5aba1
 def download_dataset(name: str, root: str | Path, progress: bool = True):

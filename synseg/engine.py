@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUX_WEIGHT', 'adamw', 'num_classes_of', 'weighted_loss', 'order_of', 'check_batch', 'OwnItems', 'memory_layout',
-           'packed', 'unpacked', 'Engine']
+           'Engine']
 
 # %% ../nbs/89_engine.ipynb #61964f56
 import os, time
@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from .core import VOID
-from .datasets import Seeded
+from .datasets import Seeded, packed, unpacked
 from .labels import check_labels
 from .losses import CrossEntropyLoss, sqrt_frequency_weights
 from .runstate import process_state
@@ -167,17 +167,6 @@ class _Shared(_Accelerated):
         if self.world == 1: return seconds
         if self._clock is None or step >= self._clock[0] + 10: self._clock = step, self.from_main(seconds)
         return self._clock[1]
-
-# %% ../nbs/89_engine.ipynb #f028ce1b
-def packed(items: list) -> list[Tensor]:
-    "A batch whose labels travel as bytes where they fit; `unpacked` widens them on the device"
-    images, labels, *extra = default_collate(items)
-    fits = labels.dtype == torch.int64 and labels.numel() and 0 <= int(labels.min()) and int(labels.max()) <= VOID
-    return [images, labels.to(torch.uint8) if fits else labels, *extra]
-
-def unpacked(labels: Tensor) -> Tensor:
-    "Labels as losses want them"
-    return labels.long() if labels.dtype == torch.uint8 else labels
 
 # %% ../nbs/89_engine.ipynb #2a2c14bc
 class _Fed(_Shared):

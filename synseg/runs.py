@@ -238,11 +238,10 @@ def build(run: Run, train: Dataset, valid: Dataset | None, out: str | Path | Non
     data = Seeded(train, OneChannel(augment) if run.in_channels == 1 else augment, run.seed)
     loss = LOSSES[run.loss]
     if run.adversary: learner["engine"] = adversary(run.adversary, space.num_classes, run.in_channels)
-    weights = _weights(run.class_weights, train)
     optimizer = lambda m: create_optimizer(run.optimizer, m, run.lr, run.weight_decay, run.momentum, run.encoder_lr, **run.optimizer_options)
     return Learner(model, data, valid, loss() if loss else None, optimizer, create_schedule(run.schedule, **run.schedule_options),
-                   batch_size=per_process(run.batch_size), sync_norms=run.sync_norms, seed=run.seed, out=out, ema=run.ema, precision=run.precision, clip=run.clip, aux_weight=run.aux_weight,
-                   class_weights=weights, eval_size=run.eval_size or run.size, **learner)
+                   batch_size=per_process(run.batch_size), sync_norms=run.sync_norms, seed=run.seed, out=out, ema=run.ema,
+                   precision=run.precision, clip=run.clip, aux_weight=run.aux_weight, class_weights=_weights(run.class_weights, train), eval_size=run.eval_size or run.size, **learner)
 
 
 

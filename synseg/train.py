@@ -16,7 +16,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .callbacks import Callback, MetricsLog, usual_callbacks
 from .core import seed_everything
-from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, num_classes_of, order_of, unpacked, weighted_loss
+from .datasets import unpacked
+from .engine import AUX_WEIGHT, Engine, OwnItems, adamw, num_classes_of, order_of, weighted_loss
 from .optimizers import sync_norms as synchronised
 from .runstate import (Diverged, Progress, all_finite, alone_in, check_loss, check_same_run, interrupted, load_state, rng_state,
                              save_state, save_weights, set_rng_state, stop_requests)
