@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from .core import VOID
-from .datasets import Seeded, packed, unpacked
+from .datasets import Seeded, packed
 from .labels import check_labels
 from .losses import CrossEntropyLoss, sqrt_frequency_weights
 from .runstate import process_state
