@@ -221,7 +221,7 @@ def test_at_the_command_line(tmp_path):
     run = CliRunner().invoke(app, ["data", "import-labelme", str(tmp_path / "in"), str(tmp_path / "out"), "--val", "0.4"])
     assert run.exit_code == 0 and "3 pictures to learn from, 2 to be judged by" in run.stdout and f"synseg train --data folder --root {tmp_path / 'out'}" in run.stdout
     assert "car" in run.stdout and "21.88 %" in run.stdout
-    run = CliRunner().invoke(app, ["data", "import-labelme", str(tmp_path / "in"), str(tmp_path / "out2"), "--classes", "car", "--rest", "void"])
+    run = CliRunner().invoke(app, ["data", "import-labelme", str(tmp_path / "in"), str(tmp_path / "out2"), "--classes", "car,bus", "--rest", "void"])
     assert run.exit_code == 2 and "labelled 'person'" in run.stderr
     run = CliRunner().invoke(app, ["data", "import-labelme", str(tmp_path / "in"), str(tmp_path / "out3"), "--classes", "car", "--rest", "void", "--ignore", "person"])
     assert run.exit_code == 2 and "only one class" in run.stderr
