@@ -205,6 +205,7 @@ def parent_of(node: Node) -> str:
     "Dotted name of the module that holds a box"
     return node.name.split(" to ")[0].rpartition(".")[0]
 
+# %% ../nbs/39_wiring.ipynb #3c9a7d14
 def trace_network(model: nn.Module,  # any network of images; it is not changed
                   size: tuple[int, int] = (256, 256),  # height and width of the image
                   crowd: int = 40,  # above so many nodes sums and resampling are counted with the boxes they feed
