@@ -68,7 +68,7 @@ def check_batch(images: Tensor, labels: Tensor, dataset: Dataset, indices: list[
     for label, i in zip(labels.cpu(), indices):
         check_labels(label, label_space_of(dataset) or num_classes or VOID, source="training " + source_of(dataset, i))
     low, high = (float(v) for v in images.aminmax())
-    if not images.is_floating_point() or low < -0.01 or high > 1.01:
+    if not images.is_floating_point() or not (low >= -0.01 and high <= 1.01):  # NaN too
         raise ValueError(f"training images are {images.dtype} from {low:g} to {high:g}; expected floats in [0, 1] (the model "
                          "normalises inside): divide by 255, or use load_dataset or eval_transforms")
     if images.shape[-2:] != labels.shape[-2:]:

@@ -68,7 +68,7 @@ def _size(shape) -> str: return "x".join(map(str, shape))
 
 def check_size(size) -> None:
     "ValueError unless `size` is (height, width), whole numbers of at least 1"
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or any(int(n) != n or n < 1 for n in size):
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or any(not 1 <= n < 2**31 or int(n) != n for n in size):
         raise ValueError(f"size is {size!r}; expected (height, width), two whole numbers of at least 1")
 
 # %% ../nbs/06_transforms.ipynb #ce309f06
