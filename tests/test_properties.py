@@ -2,6 +2,7 @@
 values, or a ValueError in plain words. `@covers` names what a test is about; a public name without one fails the last test."""
 import contextlib
 import io
+import json
 import math
 import os
 from dataclasses import asdict
@@ -11,16 +12,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.pyplot import close
+from PIL import Image
 from torch import nn
 
 import synseg
 from synseg import (VOID, ConfusionMatrix, ConvCRF, CrossEntropyLoss, DenseCRF, DiceLoss, FocalLoss, GridCRF, HistoryBuffer, KMeansSegmenter,
-                    LabelSpace, Learner, LovaszSoftmaxLoss, ModelInfo, Refiner, Scenes, Segmenter, boundary_iou, check_labels, check_segmenter,
-                    count_parameters, create_discriminator, create_model, default_device, discriminator_info, eval_transforms, expect_fail, export,
-                    feature_extractor, fold_batchnorm, frechet_distance, kernel_distance, label_space, list_discriminators, list_models, load_dataset,
+                    LabelSpace, Learner, LovaszSoftmaxLoss, ModelInfo, Refiner, Scenes, Segmenter, Shards, boundary_iou, check_labels, check_segmenter,
+                    count_parameters, create_discriminator, create_model, default_device, discriminator_info, draw_network, eval_transforms, expect_fail, export,
+                    feature_extractor, fold_batchnorm, frechet_distance, import_labelme, kernel_distance, label_space, list_discriminators, list_models, load_dataset,
                     load_model, load_result, log_probs_from_labels, median_frequency_weights, model_info, overlay, perceptual_distance, predict,
                     prune_filters, receptive_field, record_result, save_model, seed_everything, show_segmentation, ssim, test_same, trace,
-                    train_transforms, trimap_iou)
+                    trace_network, train_transforms, trimap_iou, write_shards)
 from synseg.inference import as_image
 
 COVERED, NAN, INF = {}, math.nan, math.inf
@@ -595,6 +598,53 @@ def test_an_exported_network_takes_any_size(tmp_path):
         x = torch.rand(n, 3, h, w)
         with torch.no_grad(): torch.testing.assert_close(made(arranged(x, "transposed")), net(x), rtol=1e-3, atol=1e-4)
     for bad in (torch.rand(1, 3, 10, 90), torch.rand(3, 64, 64), torch.zeros(1, 3, 64, 64).byte()): refused(lambda: made(bad))
+
+
+# Shards, outlines, wiring
+
+@covers("Shards", "write_shards")
+@drawn(10, n=st.integers(1, 6), per=st.integers(-1, 4), quality=st.sampled_from([None, 0, 60, 96, 2.5]), shuffle=st.integers(0, 5), epoch=st.integers(0, 3))
+def test_what_is_written_in_shards_is_read(tmp_path_factory, n, per, quality, shuffle, epoch):
+    folder, scenes = tmp_path_factory.mktemp("shards"), Scenes(n, (64, 64), seed=n)
+    if per < 1 or quality not in (None, 60):
+        refused(lambda: write_shards(scenes, folder, per, quality))
+        with pytest.raises(FileNotFoundError): Shards(folder)
+        return
+    assert write_shards(scenes, folder, per, quality).is_file()
+    refused(lambda: write_shards(scenes, folder, per))
+    data = Shards(folder, shuffle=shuffle)
+    data.set_epoch(epoch)
+    pairs = list(data)
+    assert len(pairs) == len(data) == n and all(x.shape == (3, 64, 64) and 0 <= x.min() and x.max() <= 1 for x, _ in pairs)
+    key = lambda label: label.numpy().tobytes()
+    assert sorted(key(y) for _, y in pairs) == sorted(key(scenes[i][1]) for i in range(n))
+    if not shuffle and quality is None: assert all(torch.equal(torch.as_tensor(x), scenes[i][0]) for i, (x, _) in enumerate(pairs))
+
+
+@covers("import_labelme")
+@drawn(25, points=st.lists(st.tuples(*[st.sampled_from([0, 3.5, 20, -4, 1e9, NAN, None, "a"])]*2), max_size=5), label=st.sampled_from(["car", "void", "", 3, None]),
+       kind=st.sampled_from(["polygon", "rectangle", "circle", "point", "mask", None]), said=st.sampled_from([24, 25, None]))
+def test_outlines_of_any_shape_are_read_or_refused(tmp_path_factory, points, label, kind, said):
+    folder = tmp_path_factory.mktemp("drawn")
+    for name in "ab":
+        Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(folder/f"{name}.png")
+        shapes = [dict(label="road", points=[[0, 0], [9, 0], [9, 9]], shape_type="polygon"), dict(label=label, points=points, shape_type=kind)]
+        (folder/f"{name}.json").write_text(json.dumps(dict(shapes=shapes, imagePath=f"{name}.png", imageHeight=said, imageWidth=32)))
+    found = answered(lambda: import_labelme(folder, folder/"out"))
+    if found is None: assert not (folder/"out").exists()
+    else: assert len(found["train"]) == len(found["val"]) == 1 and abs(sum(found["shares"].values()) - 1) < 1e-3
+
+
+@covers("trace_network", "draw_network")
+@drawn(6, size=st.tuples(st.integers(60, 100), st.integers(60, 100)), width=st.integers(1, 6))
+def test_a_network_of_any_width_is_traced_and_drawn(size, width):
+    net = create_model("unet_small", 3, width=width)
+    graph = answered(lambda: trace_network(net, size))
+    if graph is None: return
+    assert sum(n.parameters for n in graph.nodes) == count_parameters(net) and all(e.source < e.target for e in graph.edges)
+    figure = draw_network(graph)
+    assert figure.axes and len(figure.axes[0].texts) >= 3
+    close(figure)
 
 
 def test_every_public_name_has_a_property():

@@ -23,6 +23,7 @@ from nbdev.process import Processor
 from nbdev.quarto import nbdev_docs
 from nbdev.showdoc import BasicMarkdownRenderer
 from run_it import invitation
+from status import badge, read_status
 
 CHAPTERS = {name for section in yaml.safe_load(Path("_quarto.yml").read_text())["website"]["sidebar"]["contents"]
             if isinstance(section, dict) and section["section"] not in ("Tools", "Reference", "Under the hood") for name in section["contents"]}
@@ -63,10 +64,11 @@ class Numbered(FrontmatterProc):
 
 
 class invite(Processor):
-    "How to run this chapter, what it costs and needs: the first thing below the title, on the page alone"
+    "How to run this chapter, what it costs and needs, and a badge where it failed last week: the first thing below the title, on the page alone"
 
     def end(self):
-        text = invitation(Path(self.nb.path_).name)
+        name = Path(self.nb.path_).name
+        text = "\n\n".join(filter(None, [badge(name, read_status()), invitation(name)]))
         if text:
             first = next((i for i, cell in enumerate(self.nb.cells, 1) if cell.cell_type == "raw"), 0)
             self.nb.cells.insert(first, mk_cell(text, "markdown"))
