@@ -52,7 +52,7 @@ def train_sheet(metrics: Mapping) -> str:
         low = "bf16" if median(ours["figures"]["bf16"]) else "fp32"
         shares = [f"{rate(row, 'multiply_adds') / peak[p]:.0%}" for row, p in ((ours, low), (other, "fp32"))]
         rows.append([name, f"{rate(ours):.1f}", f"{rate(other):.1f}", f"{ours['speedup']:.2f}", f"{goal(name)}", low, *shares])
-    return _aligned(rows) + f"\nmatrix product of 2048 x 2048: " + ", ".join(f"{v / 1e9:.0f} G multiply-adds/s in {p}" for p, v in peak.items()) + \
+    return _aligned(rows) + "\nmatrix product of 2048 x 2048: " + ", ".join(f"{v / 1e9:.0f} G multiply-adds/s in {p}" for p, v in peak.items()) + \
         f"\nThe goals, {AIMS['ordinary']} for ordinary convolutions, {AIMS['depthwise']} for depthwise ones and a share of {AIMS['share']:.0%} for the small " \
         "U-Net, were set for processors that multiply bfloat16 in hardware" + ("." if "bf16" in peak else "; this one does not.")
 
