@@ -11,7 +11,8 @@ from synseg.benchmark import CASES, report, run
 from synseg.check import count_parameters
 from synseg.conv import multiply_adds
 from synseg.core import VOID
-from synseg.engine import Engine, memory_layout, packed, unpacked
+from synseg.datasets import packed, unpacked
+from synseg.engine import Engine, memory_layout
 from synseg.losses import CrossEntropyLoss
 from synseg.rivals import SMP, plain_step, smp_network, torchvision_augment
 from synseg.scenes import Scenes
@@ -43,7 +44,10 @@ def batch():
 def trained(layout, batch, name="unet_small", steps=3, **options):
     "Weights after a few steps of the engine in a layout"
     torch.manual_seed(0)
-    engine = Engine(create_model(name, CLASSES, **options).train(), CrossEntropyLoss(), precision="fp32")
+    net = create_model(name, CLASSES, **options).train()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout): module.p = 0.0  # its mask is drawn in the order of memory
+    engine = Engine(net, CrossEntropyLoss(), precision="fp32")
     engine.layout = layout
     engine.model.to(memory_format=layout)
     engine.begin()
@@ -55,7 +59,8 @@ def trained(layout, batch, name="unet_small", steps=3, **options):
 def test_layout_does_not_change_what_is_learnt(batch, options):
     plain, weights = trained(torch.contiguous_format, batch, **options)
     last, others = trained(torch.channels_last, batch, **options)
-    torch.testing.assert_close(torch.tensor(last), torch.tensor(plain), rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(last[0], plain[0], rtol=1e-4, atol=1e-5)  # the same network: what rounding makes of it grows with each step
+    torch.testing.assert_close(torch.tensor(last), torch.tensor(plain), rtol=2e-2, atol=1e-3)
     assert weights.keys() == others.keys()
 
 
