@@ -75,7 +75,7 @@ class _Settings(nn.Module):
                       class_weight=_fit(class_weight, (num_classes,)), compatibility=_fit(compatibility, (num_classes, num_classes)))
         for name, value in values.items():
             value = None if value is None else torch.as_tensor(value, dtype=torch.float32).clone()
-            if value is not None and not value.isfinite().all(): raise ValueError(f"{name} {value.tolist()} found; expected finite numbers")
+            if value is not None and value.device.type != "meta" and not value.isfinite().all(): raise ValueError(f"{name} {value.tolist()} found; expected finite numbers")
             if trainable and value is not None: self.register_parameter(name, nn.Parameter(value))
             else: self.register_buffer(name, value)
 

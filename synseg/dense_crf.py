@@ -78,8 +78,8 @@ class _Settings(nn.Module):
         super().__init__()
         _known(normalization)
         if compiled: wanted(compiled)
-        numbers = torch.tensor([gaussian_weight, bilateral_weight], dtype=torch.float64)
-        if not numbers.isfinite().all(): raise ValueError(f"weights {numbers.tolist()} found; expected finite numbers")
+        if not math.isfinite(gaussian_weight + bilateral_weight):
+            raise ValueError(f"weights {gaussian_weight} and {bilateral_weight} found; expected finite numbers")
         if num_classes < 1 or iterations < 0 or int(num_classes) != num_classes or int(iterations) != iterations:
             raise ValueError(f"found num_classes={num_classes}, iterations={iterations}; expected 1 and 0 at least")
         if not (exact or self_term): raise ValueError("the lattice cannot leave out the own vote: self_term=False needs exact=True")
@@ -142,7 +142,7 @@ def _costs(num_classes: int, compatibility) -> Tensor:
     "The compatibility matrix (K, K), Potts by default"
     if compatibility is None: return 1 - torch.eye(num_classes)
     costs = torch.as_tensor(compatibility).detach().float().clone()
-    if not costs.isfinite().all(): raise ValueError("compatibility holds NaN or infinity; expected a finite cost for each pair of labels")
+    if costs.device.type != "meta" and not costs.isfinite().all(): raise ValueError("compatibility holds NaN or infinity; expected a finite cost for each pair of labels")
     if costs.shape == (num_classes, num_classes): return costs
     raise ValueError(f"compatibility is {tuple(costs.shape)}; expected ({num_classes}, {num_classes}): a cost for each pair of labels")
 

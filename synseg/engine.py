@@ -28,6 +28,8 @@ from .scoring import confusion, label_space_of, pixel_counts, report, source_of,
 # %% ../nbs/89_engine.ipynb #1551938e
 def adamw(model: nn.Module, lr: float = 3e-3, weight_decay: float = 1e-2) -> torch.optim.AdamW:
     "AdamW, fused where the device has it; vectors (biases, scales and shifts of norms) do not decay"
+    if not (0 <= lr < float("inf") and 0 <= weight_decay < float("inf")):
+        raise ValueError(f"lr is {lr} and weight_decay {weight_decay}; expected finite numbers, 0 or more")
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.0)]

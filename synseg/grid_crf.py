@@ -115,7 +115,7 @@ def _message(values: Tensor, edges: list, phase: tuple[int, int] = (0, 0), strid
 class _Energies(_Potts):
     def _check(self, log_probs: Tensor, image: Tensor) -> None:
         if log_probs.ndim != 4 or log_probs.shape[1] != self.num_classes or not log_probs.is_floating_point():
-            raise ValueError(f"log_probs of shape {tuple(log_probs.shape)}, {log_probs.dtype} found; expected floats (N, {self.num_classes}, H, W)")
+            raise ValueError(f"log_probs of shape {tuple(log_probs.shape)}, {log_probs.dtype} found; expected (N, {self.num_classes}, H, W), floats")
         expected = (len(log_probs), 3, *log_probs.shape[2:])
         if tuple(image.shape) != expected or not image.is_floating_point():
             raise ValueError(f"image of shape {tuple(image.shape)}, {image.dtype} found; expected {expected}, floats in [0, 1]")

@@ -31,6 +31,7 @@ def _resize(x: Tensor, size) -> Tensor:
     "By type: a Mask takes the nearest pixel, anything else is interpolated"
     plain, size = x.as_subclass(Tensor), list(size)
     if not isinstance(x, tv_tensors.Mask):
+        if 1 in plain.shape[-2:]: plain = plain.contiguous()  # channels last and one pixel wide, PyTorch's antialiasing reads the wrong ones
         return tv_tensors.wrap(tvf.resize(plain, size, antialias=True), like=x)
     # resize on a Mask takes torch's "nearest", which reads the upper left corner of each cell, not its centre
     out = tvf.resize(plain[None], size, interpolation=v2.InterpolationMode.NEAREST_EXACT)
@@ -61,7 +62,7 @@ def as_pair(image, label) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
 
 def _tensor(array: np.ndarray) -> Tensor:
     if array.dtype.kind not in "buif" or array.itemsize > 8: raise ValueError(f"an array of {array.dtype} found; expected uint8 or floats")
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    array = array.astype(array.dtype.newbyteorder("="), copy=min(array.strides, default=0) < 0)
     return torch.from_numpy(np.require(array, requirements=("C", "W")))  # copies where it is read-only or flipped
 
 def _size(shape) -> str: return "x".join(map(str, shape))

@@ -84,7 +84,7 @@ def of_loss(make) -> dict:
     labels[:, :3] = 255
     value = make()(logits, labels)
     value.backward()
-    return facts(logits.grad) | dict(loss=float(value))
+    return facts(logits.grad) | dict(loss=float(value.detach()))
 
 
 def of_clusters() -> dict:

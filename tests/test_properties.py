@@ -210,7 +210,7 @@ PICTURE = [torch.uint8, *FLOATS]
 
 
 @covers("train_transforms", "eval_transforms")
-@drawn(50, seed=SEED, h=SIDE, w=SIDE, out=st.tuples(SIDE, SIDE), dtype=st.sampled_from([*PICTURE, torch.int64, torch.bool, torch.complex64]), ldtype=st.sampled_from(WHOLE),
+@drawn(40, seed=SEED, h=SIDE, w=SIDE, out=st.tuples(SIDE, SIDE), dtype=st.sampled_from([*PICTURE, torch.int64, torch.bool, torch.complex64]), ldtype=st.sampled_from(WHOLE),
        layout=LAYOUT, warp=st.booleans(), arrays=st.booleans())
 def test_augmentation_of_any_picture(seed, h, w, out, dtype, ldtype, layout, warp, arrays):
     scale = 255 if dtype == torch.uint8 else 1
