@@ -55,6 +55,7 @@ class SegmentationLoss(nn.Module):
         weight = present if self.weight is None else self.weight.to(losses) * present
         return _ratio((losses * weight).sum(), weight.sum().to(losses.dtype))
 
+# %% ../nbs/10_losses.ipynb #e068f872
 def _ratio(total: Tensor, weight: Tensor) -> Tensor:
     "total / weight, and total (which is 0) where there is no weight"
     return total / torch.where(weight > 0, weight, 1)

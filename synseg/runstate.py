@@ -38,6 +38,7 @@ def process_state() -> PartialState:
     """
     return PartialState(cpu=default_device().type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
+# %% ../nbs/88_runstate.ipynb #5a49996e
 @dataclass
 class Progress:
     "How far a run has come: what is saved, and two stop-watches that are not"
@@ -149,6 +150,7 @@ def save_state(state: dict, path: str | Path) -> Path:
         raise OSError(f"could not save {path}: {error}. Make room there or choose another folder; {stands}.") from error
     return path
 
+# %% ../nbs/88_runstate.ipynb #d47e3949
 try: import fcntl  # not on Windows
 except ImportError: fcntl = None
 
@@ -177,6 +179,7 @@ def _lock(descriptor: int) -> None:
     import msvcrt
     msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
+# %% ../nbs/88_runstate.ipynb #1f46dbd6
 def load_state(path: str | Path) -> dict:
     "Read a state: tensors and plain values only, nothing in the file is executed. Errors say what is wrong with it"
     path = Path(path)

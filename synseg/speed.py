@@ -235,6 +235,7 @@ def _read(folder: Path, i: int) -> tuple:
     image, label = (torch.from_numpy(np.array(Image.open(folder / name / f"{i}.png"))) for name in ("images", "masks"))
     return tv_tensors.Image(image.movedim(-1, 0)), tv_tensors.Mask(label)
 
+# %% ../nbs/17_speed.ipynb #377b922b
 def data_entries(size: tuple[int, int], device: torch.device) -> list[Entry]:
     "Data beside the step they are for; our augmentation beside torchvision's, from memory and from files; scenes drawn"
     size, keep = tuple(size), tempfile.TemporaryDirectory()
@@ -256,6 +257,7 @@ def data_entries(size: tuple[int, int], device: torch.device) -> list[Entry]:
 def _draw(domain: str) -> Callable:
     return lambda number: [Scenes(BATCH, SCENE_SIZE, domain, seed=number).raw(i) for i in range(BATCH)]
 
+# %% ../nbs/17_speed.ipynb #49e38913
 def data_agree(size: tuple[int, int]) -> dict[str, float]:
     "Labels that augmentation made up, in both programs"
     size, invented = tuple(size), 0

@@ -10,7 +10,7 @@ from synseg import discriminator_info, list_discriminators, list_models, model_i
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 CHAPTERS = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
 TEXT = (NBS / "references.bib").read_text(encoding="utf-8")
-NO_PAPER = re.compile(r"https?://|documentation|torchvision|specification|PEP \d|`man \d|pydensecrf|pooch|model_info", re.I)
+NO_PAPER = re.compile(r"W3C|manual|IEEE \d|https?://|documentation|torchvision|specification|PEP \d|`man \d|pydensecrf|pooch|model_info", re.I)
 
 
 @pytest.fixture(scope="module")
