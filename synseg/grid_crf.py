@@ -120,8 +120,9 @@ class _Energies(_Potts):
         if tuple(image.shape) != expected or not image.is_floating_point():
             raise ValueError(f"image of shape {tuple(image.shape)}, {image.dtype} found; expected {expected}, floats in [0, 1]")
         if not log_probs.numel(): raise ValueError(f"log_probs of shape {tuple(log_probs.shape)} found; expected a pixel at least")
-        if not log_probs.detach().amax(1).isfinite().all():
-            raise ValueError("log_probs hold NaN, +infinity, or a pixel without any possible class; expected log-probabilities")
+        if not (best := log_probs.detach().amax(1)).isfinite().all():
+            what = "NaN" if best.isnan().any() else "+infinity, or a pixel without any possible class,"
+            raise ValueError(f"{what} found in log_probs; expected log-probabilities")
         if not image.detach().abs().amax() < 1e6: raise ValueError("image holds NaN, infinity or huge values; expected floats in [0, 1]")
 
     def _check_full(self, labels: Tensor) -> None:
