@@ -55,8 +55,10 @@ def trained(layout, batch, name="unet_small", steps=3, **options):
 def test_layout_does_not_change_what_is_learnt(batch, options):
     plain, weights = trained(torch.contiguous_format, batch, **options)
     last, others = trained(torch.channels_last, batch, **options)
-    torch.testing.assert_close(torch.tensor(last), torch.tensor(plain), rtol=2e-3, atol=1e-4)
-    assert weights.keys() == others.keys()
+    assert last[0] == pytest.approx(plain[0], rel=1e-4)
+    assert last == pytest.approx(plain, rel=2e-2)  # AdamW's first steps go by the sign of a gradient, and rounding may turn a tiny one
+    for k, w in weights.items():
+        assert (others[k].float() - w.float()).abs().mean() <= 0.02 * w.float().abs().mean() + 1e-3, k
 
 
 def test_fused_adamw_in_channels_last_is_adamw():
@@ -102,7 +104,7 @@ def test_default_step_is_the_plain_loop_in_float32(batch):
     assert learner.engine.optimizer.optimizer.defaults["fused"] and not learner.engine.bf16
 
 
-def test_default_step_refuses_to_learn_from_infinity(batch):
+def test_default_step_changes_the_weights(batch):
     learner = default_learner(TINY, (64, 72), 2)
     before = [p.clone() for p in learner.model.parameters()]
     assert math.isfinite(default_step(learner, *batch)().item())
