@@ -179,7 +179,7 @@ def test_crf_names_what_there_is(run, photo, tmp_path):
 def test_benchmark_lists_what_there_is():
     code, out, err = synseg("benchmark")
     assert code == 0 and not err and all(name in out for name in ("crf", "kmeans", "metrics", "synseg benchmark"))
-    assert set(json.loads(synseg("benchmark", "--json")[1])) == {"crf", "kmeans", "metrics", "realtime"}
+    assert set(json.loads(synseg("benchmark", "--json")[1])) == {"crf", "kmeans", "metrics", "realtime", "train", "infer", "data"}
 
 
 def test_benchmark_prints_a_table_or_one_json_object(tmp_path):
