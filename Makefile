@@ -15,7 +15,7 @@ help:
 	@echo "  make wheel     build wheel and sdist, install the wheel into a second environment, use it"
 	@echo "  make site      render the website where quarto is installed"
 	@echo "  make browser   open every page in Chromium and say what a reader would stumble over"
-	@echo "  make seconds   record what each chapter costs (make course | tee course.log; make seconds LOG=course.log)"
+	@echo "  make seconds   record what each chapter costs (after make course)"
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -68,7 +68,7 @@ browser: $(VENV)/.dev
 	@test -n "$(AXE)" -o -d $(HOME)/.cache/synseg/node_modules/axe-core || npm install --silent --no-fund --no-audit --prefix $(HOME)/.cache/synseg axe-core@4 || true
 	$(BIN)/python tools/browser.py $(PAGES)
 
-# make course | tee course.log, then make seconds LOG=course.log
+# After make course; or make notebooks | tee test.log, then make seconds LOG=test.log
 seconds: $(VENV)/.dev
 	$(BIN)/python tools/seconds.py $(LOG)
 

@@ -6,7 +6,7 @@
 __all__ = ['AIMS', 'CASES', 'Case', 'train_sheet', 'goal', 'infer_sheet', 'data_sheet', 'case', 'Outcome', 'run', 'report']
 
 # %% ../nbs/99_benchmark.ipynb #a57fb6e2
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,8 +16,8 @@ import torch
 from . import realtime, speed
 from .core import machine_info, record_result, seed_everything
 from .rivals import (CLASSES, KMEANS_K, SIZE, crf_agree, crf_entries, crf_memory, kmeans_entries, metrics_agree, metrics_entries, SMP)
-from .speed import FETCH, PRODUCT, STEP, rate
-from .stopwatch import Entry, Table, compare, missing, peak_memory
+from .speed import FETCH, PRODUCT, STEP
+from .stopwatch import Entry, Table, aligned, compare, missing, peak_memory, rate
 
 # %% ../nbs/99_benchmark.ipynb #3d1f54a9
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def train_sheet(metrics: Mapping) -> str:
         low = "bf16" if median(ours["figures"]["bf16"]) else "fp32"
         shares = [f"{rate(row, 'multiply_adds') / peak[p]:.0%}" for row, p in ((ours, low), (other, "fp32"))]
         rows.append([name, f"{rate(ours):.1f}", f"{rate(other):.1f}", f"{ours['speedup']:.2f}", f"{goal(name)}", low, *shares])
-    return _aligned(rows) + "\nmatrix product of 2048 x 2048: " + ", ".join(f"{v / 1e9:.0f} G multiply-adds/s in {p}" for p, v in peak.items()) + \
+    return aligned(rows) + "\nmatrix product of 2048 x 2048: " + ", ".join(f"{v / 1e9:.0f} G multiply-adds/s in {p}" for p, v in peak.items()) + \
         f"\nThe goals, {AIMS['ordinary']} for ordinary convolutions, {AIMS['depthwise']} for depthwise ones and a share of {AIMS['share']:.0%} for the small " \
         "U-Net, were set for processors that multiply bfloat16 in hardware" + ("." if "bf16" in peak else "; this one does not.")
 
@@ -66,7 +66,7 @@ def infer_sheet(metrics: Mapping) -> str:
     for name, pair in ((n, p) for n, p in metrics["groups"].items() if n != PRODUCT):
         *ours, other = sorted(pair.values(), key=lambda row: row["peer"])
         rows.append([name, *(f"{rate(row):.1f}" for row in (*ours, other)), *(f"{row['speedup']:.2f}" for row in ours), f"{rate(ours[-1], 'multiply_adds') / peak:.0%}"])
-    return _aligned(rows)
+    return aligned(rows)
 
 def data_sheet(metrics: Mapping) -> str:
     "What the data cost beside the step, and scenes per second, with the goals"
@@ -74,12 +74,8 @@ def data_sheet(metrics: Mapping) -> str:
     step, fetch = (next(iter(metrics["groups"].values()))[n]["median_seconds"] for n in (STEP, FETCH))
     drawn = [rate(row) for g, found in metrics["groups"].items() for row in found.values() if g.startswith("drawing")]
     said = lambda reached: "reached" if reached else "missed"
-    return _aligned(rows) + (f"\nshare of a training step spent on its data: {fetch / (step + fetch):.1%}; goal {AIMS['data']:.0%} or less: {said(fetch / (step + fetch) <= AIMS['data'])}"
+    return aligned(rows) + (f"\nshare of a training step spent on its data: {fetch / (step + fetch):.1%}; goal {AIMS['data']:.0%} or less: {said(fetch / (step + fetch) <= AIMS['data'])}"
                              f"\nscenes drawn by one core: {min(drawn):.0f} a second; goal {AIMS['scenes']} or more: {said(min(drawn) >= AIMS['scenes'])}")
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]).rstrip() for r in rows)
 
 # %% ../nbs/99_benchmark.ipynb #d7e11a7a
 _COURSE, _CRF = 'pip install "synseg[course]"', 'pip install "synseg[crf]" (needs a C++ compiler, fails on Python 3.13)'

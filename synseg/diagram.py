@@ -18,12 +18,13 @@ from matplotlib.path import Path as Curve
 from matplotlib.patheffects import withStroke
 from torch import nn
 
+from .show import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, VERMILION
 from .wiring import Edge, Graph, Node, parent_of, trace_network
 
 # %% ../nbs/34_diagram.ipynb #7daef2ff
-KINDS = {"image": "#999999", "convolution": "#0072B2", "dilated": "#E69F00", "depthwise": "#56B4E9", "1x1": "#CC79A7",
-         "transposed": "#009E73", "other": "#F0E442", "join": "#FFFFFF", "logits": "#000000"}
-SKIP = "#D55E00"  # maps that pass over a column
+KINDS = {"image": "#999999", "convolution": BLUE, "dilated": ORANGE, "depthwise": SKY, "1x1": PINK, "transposed": GREEN, "other": "#F0E442",
+         "join": "#FFFFFF", "logits": BLACK}
+SKIP = VERMILION  # maps that pass over a column
 SIGNS = {"add": "+", "sub": "+", "mul": "×", "cat": "‖"}
 ROWS = 7  # resolutions that get a row of their own; what is smaller shares the last
 

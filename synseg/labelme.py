@@ -7,7 +7,7 @@ __all__ = ['CORNERS', 'IGNORED', 'fill_polygon', 'Shape', 'cover', 'Drawing', 'r
            'import_labelme']
 
 # %% ../nbs/36_labelme.ipynb #b11bf72b
-import base64, difflib, io, json, math, shutil
+import base64, difflib, io, math, shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from .core import VOID, atomic_path, write_json
+from .core import VOID, atomic_path, read_json, write_json
+from .files import PHOTOS
 from .labels import LabelSpace, voc_colours
 
 # %% ../nbs/36_labelme.ipynb #732b3611
@@ -99,8 +100,7 @@ def _picture(path: Path, said: str, folder: Path) -> Path:
 def read_labelme(path: str | Path, folder: str | Path | None = None) -> Drawing:
     "Read and check one file of labelme; `folder` is what its picture must lie in (default: its own). ValueError in plain words"
     path = Path(path)
-    try: content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error: raise ValueError(f"{path} is no JSON file: {error}") from None
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list) or not isinstance(content.get("imagePath"), str):
         raise ValueError(f"{path} was not written by labelme: a list 'shapes' and a name 'imagePath' are expected in it")
     image = _picture(path, content["imagePath"], Path(folder or path.parent))
@@ -178,7 +178,7 @@ def import_labelme(folder: str | Path, out: str | Path, classes: Sequence[str] |
     return found | dict(unlabelled=[p for p in _pictures(folder) if p.resolve() not in seen])
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    yield from (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
+    yield from (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in PHOTOS)
 
 def _write_pair(drawing: Drawing, label: np.ndarray, home: Path, name: str) -> None:
     "The mask as PNG; the picture as it is, or turned upright and without loss where the camera held it otherwise"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .core import atomic_path
 from .plans import interval
+from .show import BLUE, GREEN, PINK, VERMILION
 
 # %% ../nbs/38_page.ipynb #f20ea781
 MEASURES = {"mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy"}
@@ -100,7 +101,7 @@ STYLE = """:root{color-scheme:light dark} body{font:16px/1.5 system-ui,sans-seri
 table{border-collapse:collapse;margin:1rem 0 2rem} caption{text-align:left;font-weight:600;padding:.3rem 0} th,td{padding:.25rem .7rem;text-align:right;
 border-bottom:1px solid #8886} th[scope=row]{text-align:left;font-weight:400} thead th{font-weight:600} img,svg{max-width:100%;height:auto}
 figure{margin:1.5rem 0} figcaption{font-size:.9rem}"""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
+COLOURS = (BLUE, VERMILION, GREEN, PINK)
 
 def number(x: Mapping | float | None, digits: int = 3) -> str:
     "A figure with its interval where it has one"

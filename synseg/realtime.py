@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .conv import multiply_adds
 from .rivals import pictures
-from .stopwatch import Entry
+from .stopwatch import Entry, aligned, rate
 from .zoo import create_model, list_models
 
 # %% ../nbs/65_realtime.ipynb #4b94b2cf
@@ -218,7 +218,7 @@ def frame_memory(name: str, height: int, width: int) -> Callable[[], object]:
 # %% ../nbs/65_realtime.ipynb #0c54f25d
 def rates(metrics: dict | None) -> dict[tuple[str, str], float]:
     "{(group, name): frames per second}: frames of a call over the median of its seconds; empty without a record"
-    return {(g, n): statistics.median(r["figures"]["frames"]) / r["median_seconds"]
+    return {(g, n): rate(r, "frames")
             for g, rows in (metrics or {}).get("groups", {}).items() for n, r in rows.items()}
 
 def report(metrics: dict | None) -> str:
@@ -235,9 +235,7 @@ def report(metrics: dict | None) -> str:
         mine = [f"{found[g, name]:.1f}" if (g, name) in found else "not run" for g in groups]
         rows.append([name, show(p.class_iou), show(p.category_iou), p.parameters, *size, *map(show, p.fps), *mine])
         if any(p.pipelined): rows.append(["  pipelined", *[None] * 6, *map(show, p.pipelined), *["" for _ in groups]])
-    rows = [[str(c) if c is not None else "-" for c in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]).rstrip() for r in rows)
+    return aligned([[str(c) if c is not None else "-" for c in row] for row in rows])
 
 # %% ../nbs/65_realtime.ipynb #1bf2f0fe
 def _kind(m: nn.Module) -> str:

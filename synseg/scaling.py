@@ -7,7 +7,7 @@ __all__ = ['BACKWARD', 'RULES', 'ring_all_reduce', 'ring_seconds', 'fit_link', '
            'scaled_lr', 'Plan', 'plan_run', 'time_steps', 'measure']
 
 # %% ../nbs/18_scaling.ipynb #6579841e
-import json, math, os, subprocess, sys, tempfile, time
+import math, os, subprocess, sys, tempfile, time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .core import read_json, write_json
 from .engine import Engine
 from .losses import CrossEntropyLoss
 from .stopwatch import Machine
@@ -181,7 +182,7 @@ def time_steps(out: str, batch: int, size: tuple[int, int], steps: int, model: s
             tries.append(time.perf_counter() - start)
         links[4*numbers] = sorted(tries)[len(tries)//4]
     numbers = sum(p.numel() for p in engine.model.parameters())
-    if engine.main: Path(out).write_text(json.dumps(dict(seconds=found[2:], links=links, parameters=numbers, world=engine.world)))
+    if engine.main: write_json(out, dict(seconds=found[2:], links=links, parameters=numbers, world=engine.world))
     engine.accelerator.wait_for_everyone()
     engine.accelerator.end_training()
 
@@ -200,4 +201,4 @@ def measure(processes: int, batch: int = 4,  # images of each
         done = subprocess.run(command, env=dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True)
         if done.returncode: raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
         others = None if before is None else (machine.others() - before)/(time.perf_counter() - start)
-        return json.loads(out.read_text()) | dict(batch=batch, others=others)
+        return read_json(out) | dict(batch=batch, others=others)

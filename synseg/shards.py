@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 from torchvision import tv_tensors
 
 from .core import VOID, atomic_path, write_json
-from .datasets import _seeded
+from .datasets import seeded
 from .labels import LabelSpace, check_labels
 from .scoring import innermost, label_space_of, source_of
 from .transforms import Paired
@@ -235,7 +235,7 @@ class Shards(_Places):
 
     def decoded(self, pair: Encoded) -> tuple[Tensor, Tensor]:
         "The pair as the data set's item"
-        with _seeded(self.seed, self.epoch, pair.number): return self.transforms(*decode(pair, self.label_space))
+        with seeded(self.seed, self.epoch, pair.number): return self.transforms(*decode(pair, self.label_space))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         (rank, world), (worker, workers), n = process(), _worker(), len(self)

@@ -6,10 +6,10 @@
 __all__ = ['BATCH', 'CLASSES', 'TRAIN_SIZE', 'INFER_SIZE', 'SCENE_SIZE', 'KINDS', 'PAIRS', 'PRODUCT', 'FOLDED', 'DATA_SIZE',
            'STEP', 'FETCH', 'matmul_peak', 'copy_bandwidth', 'kind_of', 'Profile', 'profile_step', 'Pair', 'present',
            'default_learner', 'street_scenes', 'default_step', 'train_entries', 'train_agree', 'infer_entries',
-           'infer_agree', 'data_entries', 'data_agree', 'rate']
+           'infer_agree', 'data_entries', 'data_agree']
 
 # %% ../nbs/17_speed.ipynb #cb94acbe
-import statistics, tempfile, time
+import tempfile, time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -267,8 +267,3 @@ def data_agree(size: tuple[int, int]) -> dict[str, float]:
         known = torch.cat([pair[1].unique(), torch.tensor([VOID])])
         invented += sum(int((~torch.isin(got[1], known)).sum()) for got in (ours[i], theirs(*pair)))
     return {"pixels with a label that augmentation made up": invented}
-
-# %% ../nbs/17_speed.ipynb #b00a4cf0
-def rate(row: Mapping, what: str = "images") -> float:
-    "Of a row of a table's `metrics()`: images, or multiply-adds, per second"
-    return statistics.median(row["figures"][what]) / row["median_seconds"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .callbacks import Callback, MetricsLog
-from .core import VOID, seed_everything, write_json
+from .core import VOID, read_json, seed_everything, write_json
 from .realism import Features, frechet_distance, ssim
 from .refiner import Refinement, choose_step, grey_levels, study_critic, study_refiner
 from .runstate import save_weights
@@ -168,7 +168,7 @@ def train_refiner(painting: Painting, synthetic: Dataset, real: Dataset, out: st
     """Train a refiner, or go on where `out` stands, and choose a step by the study's rule: out/chosen.json and its content, `step`,
     `pretrained` (the step where full training began), `rows` and `seconds`. `measure`: from the refiner to figures."""
     out, s = Path(out), painting.settings
-    if (out / "chosen.json").is_file(): return json.loads((out / "chosen.json").read_text(encoding="utf-8"))
+    if (out / "chosen.json").is_file(): return read_json(out / "chosen.json")
     seed_everything(painting.seed)
     model, critic = painting.network(), study_critic(width=painting.critic_width)
     # Weighed as later on: Adam remembers how steep a loss was, and would creep after one that is a million times steeper

@@ -1,4 +1,5 @@
 "Where real data may lie, and the small things that every test file shares"
+import json
 import os
 import signal
 import subprocess
@@ -29,6 +30,16 @@ def data_root():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def cells(path, kind=None):
+    "The cells of a notebook, all or those of one kind"
+    found = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    return [c for c in found if kind in (None, c["cell_type"])]
+
+
+def text(cell):
+    return "".join(cell["source"])
 
 
 def scramble(net, std=0.2):

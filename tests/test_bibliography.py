@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import cells, text
 
 from synseg import discriminator_info, list_discriminators, list_models, model_info
 
@@ -16,9 +17,8 @@ NO_PAPER = re.compile(r"W3C|manual|IEEE \d|https?://|documentation|torchvision|s
 @pytest.fixture(scope="module")
 def page():
     "The functions of the page: its first code cell"
-    cells = json.loads((NBS / "bibliography.ipynb").read_text(encoding="utf-8"))["cells"]
     names = {}
-    exec("".join(next(c for c in cells if c["cell_type"] == "code")["source"]), names)
+    exec(text(cells(NBS / "bibliography.ipynb", "code")[0]), names)
     return names
 
 

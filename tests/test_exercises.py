@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import cells
 
 ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
 sys.path.insert(0, str(ROOT / "tools"))
 import exercises as tool  # noqa: E402
 
@@ -20,17 +22,13 @@ RIGHT = {"10": 2.398, "13": (96, 64), "09": "mean iou", "31": [5, 10], "33": 230
 WRONG = {"10": 11, "13": (65, 64), "09": "pixel accuracy", "31": [5], "33": 230_145, "53": 23, "57": 3, "69": 0.5, "49": 50, "75": (34, 70, 142)}
 
 
-def cells(name):
-    return json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))["cells"]
-
-
 def checks(name):
-    return [tool.text(c) for c in cells(name) if c["cell_type"] == "code" and re.search(r"^mine = None", tool.text(c), re.M)]
+    return [tool.text(c) for c in cells(NBS / name) if c["cell_type"] == "code" and re.search(r"^mine = None", tool.text(c), re.M)]
 
 
 @pytest.mark.parametrize("name", COURSE)
 def test_exercises_have_hints_and_folded_answers(name):
-    body = tool.exercises(cells(name))
+    body = tool.exercises(cells(NBS / name))
     if "None yet." in body:
         pytest.skip("a chapter that is being written")
     hints = re.findall(tool.HINT, body, re.S)
@@ -38,15 +36,15 @@ def test_exercises_have_hints_and_folded_answers(name):
     assert [k for k, _ in hints] == numbers == [str(k) for k in range(1, len(numbers) + 1)] and numbers
     assert all(len(hint.split()) >= 5 for _, hint in hints)
     assert body.count("<details>") == body.count("</details>") == body.count("<details><summary>")
-    start, stop = tool.section(cells(name))
-    for cell in cells(name)[start:stop]:
+    start, stop = tool.section(cells(NBS / name))
+    for cell in cells(NBS / name)[start:stop]:
         if cell["cell_type"] == "code" and "mine = None" not in tool.text(cell):
             assert tool.text(cell).startswith("#| code-fold: true\n#| code-summary: \"Answer"), tool.text(cell)[:200]
 
 
 @pytest.mark.parametrize("name", COURSE)
 def test_an_answer_can_be_checked_unseen(name):
-    if "None yet." in tool.exercises(cells(name)):
+    if "None yet." in tool.exercises(cells(NBS / name)):
         pytest.skip("a chapter that is being written")
     assert checks(name), "no check_answer cell"
     for source in checks(name):
@@ -69,7 +67,7 @@ def test_right_answers_are_accepted_and_wrong_ones_not(chapter):
 def test_predict_then_reveal():
     for part in SITE:
         if isinstance(part, dict) and part["section"] not in ("Tools", "Under the hood", "Fast and big", "Reference"):
-            texts = [tool.text(c) for n in part["contents"] if (ROOT / "nbs" / n).exists() for c in cells(n) if c["cell_type"] == "markdown"]
+            texts = [tool.text(c) for n in part["contents"] if (NBS / n).exists() for c in cells(NBS / n) if c["cell_type"] == "markdown"]
             asked = sum(t.count("<summary>Predict first, then open</summary>\n\n") for t in texts)
             assert asked >= 2, f"{part['section']}: {asked}"
 

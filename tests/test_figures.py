@@ -1,12 +1,12 @@
 "One style for all figures: set once before the first one, colours that everybody can tell apart, sizes that fit a page"
 import base64
-import json
 import re
 import struct
 from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+from conftest import cells, text
 
 from synseg.show import set_style
 
@@ -20,22 +20,15 @@ PLAIN = {"00_core", "01_check", "02_labels", "03_street", "04_camera", "05_scene
 LABELS = {"02_labels", "14_unet", "81_rivals"}
 
 
-def code_cells(path):
-    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-
-
-def source(cell): return "".join(cell["source"])
-
-
 def pictures(cell):
     return [base64.b64decode("".join(o["data"]["image/png"])) for o in cell["outputs"] if "image/png" in o.get("data", {})]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_the_style_is_set_once_before_the_first_figure(path):
-    cells = code_cells(path)
-    calls = [i for i, c in enumerate(cells) for _ in re.findall(r"^ *(?:show\.)?set_style\(\)", source(c), re.M)]
-    drawn = [i for i, c in enumerate(cells) if pictures(c)]
+    code = cells(path, "code")
+    calls = [i for i, c in enumerate(code) for _ in re.findall(r"^ *(?:show\.)?set_style\(\)", text(c), re.M)]
+    drawn = [i for i, c in enumerate(code) if pictures(c)]
     if path.stem in PLAIN:
         assert drawn and not calls, f"{path.stem} need not be listed in PLAIN any more"
     elif path.stem == "08_show":
@@ -56,7 +49,7 @@ def unsafe(text):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_colours_are_safe(path):
-    found = set().union(*(unsafe(source(c)) for c in code_cells(path)))
+    found = set().union(*(unsafe(text(c)) for c in cells(path, "code")))
     assert found <= ({"tab20"} if path.stem in LABELS else set()), f"{path.stem} draws in {found}"
 
 
@@ -67,10 +60,10 @@ def test_unsafe_finds_what_it_looks_for():
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_figures_fit_the_page(path):
-    for cell in code_cells(path):
+    for cell in cells(path, "code"):
         for png in pictures(cell):
             width, height = struct.unpack(">II", png[16:24])
-            assert width in WIDTHS and 60 <= height <= 1400, f"{path.stem}: a figure of {width}x{height} pixels: {source(cell)[:80]!r}"
+            assert width in WIDTHS and 60 <= height <= 1400, f"{path.stem}: a figure of {width}x{height} pixels: {text(cell)[:80]!r}"
 
 
 def test_set_style():

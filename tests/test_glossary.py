@@ -1,13 +1,13 @@
 "The glossary: in order, plain, and each word is in the chapter that it leads to"
-import json
 import re
 import unicodedata
 from pathlib import Path
 
 import pytest
+from conftest import cells, text as source
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
-TEXT = "\n".join("".join(c["source"]) for c in json.loads((NBS / "glossary.ipynb").read_text(encoding="utf-8"))["cells"])
+TEXT = "\n".join(map(source, cells(NBS / "glossary.ipynb")))
 ENTRIES = re.findall(r"^\*\*([^*]+)\*\*: (.+) \[(\d+) ([^\]]+)\]\((\d\d_\w+)\.ipynb\)$", TEXT, re.M)
 
 
@@ -28,8 +28,8 @@ def test_entries_are_many_alphabetical_and_short():
 
 @pytest.mark.parametrize("term,text,number,title,stem", ENTRIES, ids=[e[0] for e in ENTRIES])
 def test_the_chapter_of_a_word_knows_it(term, text, number, title, stem):
-    cells = json.loads((NBS / f"{stem}.ipynb").read_text(encoding="utf-8"))["cells"]
-    assert "".join(cells[0]["source"]).startswith(f"# {title}\n") and int(stem[:2]) == int(number)
-    body = plain(" ".join("".join(c["source"]) for c in cells))
+    found = list(map(source, cells(NBS / f"{stem}.ipynb")))
+    assert found[0].startswith(f"# {title}\n") and int(stem[:2]) == int(number)
+    body = plain(" ".join(found))
     missing = [word for word in plain(term).split() if word[:5] not in body]
     assert not missing, f"{stem} says nothing of {missing}"

@@ -1,6 +1,5 @@
 "What the website asks of the notebooks, as far as it can be said without quarto"
 import ast
-import json
 import os
 import re
 import shutil
@@ -9,18 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import cells, text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "nbs").glob("*.ipynb"))
 
 
-def cells(path, kind):
-    return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
-
-
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_readers_of_the_site_see_the_exported_source(path):
-    for source in cells(path, "code"):
+    for source in map(text, cells(path, "code")):
         if source.startswith("#| export\n"):
             body = ast.parse(source).body
             assert all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body), f"use #| exports here:\n{source[:120]}"
@@ -28,7 +24,7 @@ def test_readers_of_the_site_see_the_exported_source(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
 def test_formulas_become_mathml(path):
-    for source in cells(path, "markdown"):
+    for source in map(text, cells(path, "markdown")):
         assert not re.search(r"\\[bB]igg?[lr]\b", source), "pandoc's MathML knows \\Big( but not \\Bigl("
 
 
@@ -44,8 +40,8 @@ def test_every_page_is_prepared(tmp_path):
     assert [p.name for p in made] == [p.name for p in PAGES]
     assert (tmp_path / "_proc" / "images").is_dir()
     for page in made:
-        for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
-            if "show_doc(" in "".join(cell["source"]):
+        for cell in cells(page):
+            if "show_doc(" in text(cell):
                 entry = "".join(cell["outputs"][0]["data"]["text/markdown"])
                 assert "### " in entry and "__main__" not in entry and "\x08" not in entry and "#LNone" not in entry, page.name
     labels = (tmp_path / "_proc" / "02_labels.ipynb").read_text(encoding="utf-8")
@@ -53,9 +49,8 @@ def test_every_page_is_prepared(tmp_path):
     one, other, source = (labels.index(s) for s in ("### one_hot", "### from_one_hot", "def one_hot(labels"))
     assert one < other < source, "entries in the order of their cell, then its source"
     for page in made:
-        cells_ = json.loads(page.read_text(encoding="utf-8"))["cells"]
-        invited = [k for k, cell in enumerate(cells_) if "Run this chapter" in "".join(cell["source"])]
+        invited = [k for k, cell in enumerate(cells(page)) if "Run this chapter" in text(cell)]
         assert invited == ([1] if page.stem[:2].isdigit() else []), f"{page.name}: how to run it stands below the title, once"
-    grid = "".join(json.loads((tmp_path / "_proc" / "44_gridnet.ipynb").read_text(encoding="utf-8"))["cells"][1]["source"])
+    grid = text(cells(tmp_path / "_proc" / "44_gridnet.ipynb")[1])
     assert "jupyter lab course/nbs/44_gridnet.ipynb" in grid and "/blob/main/nbs/44_gridnet.ipynb" in grid
     assert "[13 Segmenter](13_segmenter.ipynb)" in grid and re.search(r"\d+ s on two|not recorded", grid)

@@ -5,21 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import cells, text
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 PAGES = sorted(NBS.glob("*.ipynb"))
 CHAPTERS = [p for p in PAGES if p.stem[:2].isdigit()]
 PLAIN = [p for p in PAGES if p not in CHAPTERS]  # the home page, the glossary and their like: no number, no module
 LIMIT_KB = 600
-
-
-def cells(path, kind=None):
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [c for c in found if kind is None or c["cell_type"] == kind]
-
-
-def text(cell):
-    return "".join(cell["source"])
 
 
 def outputs(path):

@@ -17,8 +17,8 @@ from synseg.losses import CrossEntropyLoss
 from synseg.rivals import SMP, plain_step, smp_network, torchvision_augment
 from synseg.scenes import Scenes
 from synseg.speed import (CLASSES, FETCH, PAIRS, PRODUCT, STEP, Pair, copy_bandwidth, default_learner, default_step, kind_of,
-                          matmul_peak, profile_step, rate)
-from synseg.stopwatch import missing
+                          matmul_peak, profile_step)
+from synseg.stopwatch import missing, rate
 from synseg.transforms import as_pair, train_transforms
 from synseg.zoo import create_model
 

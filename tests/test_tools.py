@@ -16,6 +16,7 @@ import outputs  # noqa: E402
 import readme  # noqa: E402
 import run_it  # noqa: E402
 import seconds  # noqa: E402
+import status  # noqa: E402
 
 
 def code(source, *stored):
@@ -93,16 +94,20 @@ def test_readme_shows_code_and_answers_but_not_what_is_hidden():
 
 
 def test_seconds_are_read_from_the_log_of_each_command():
-    log = """chapter              seconds figures  headline
-00_core                 6.1       2  one forgotten seed moves
-44_gridnet             31.0      10
-44_gridnet           FAILED
+    log = """00_core                 6.1       2  one forgotten seed moves
 45_pretrained.ipynb: 27 secs
 96_notebooks.ipynb             24.6 s      17 kB
 99 chapters in 40.0 minutes.
 """
-    assert seconds.parse(log) == {"00_core": 6.1, "44_gridnet": 31.0, "45_pretrained": 27.0, "96_notebooks": 24.6}
+    assert seconds.parse(log) == {"45_pretrained": 27.0, "96_notebooks": 24.6}
     assert seconds.parse("no chapter here") == {}
+
+
+def test_seconds_are_those_of_the_last_course(tmp_path, monkeypatch):
+    monkeypatch.setattr(seconds, "ROOT", tmp_path)
+    assert seconds.last_run() == {}
+    status.save(tmp_path / "course-out" / "status.json", dict(chapters={"00_core": dict(ok=True, seconds=6.1), "44_gridnet": dict(ok=False, seconds=2.0)}))
+    assert seconds.last_run() == {"00_core": 6.1}
 
 
 def test_a_chapter_says_how_it_is_run_and_other_pages_do_not():

@@ -54,15 +54,15 @@ def with_hints(source, hints):
     return "\n\n".join([before + body[:last].rstrip(), *blocks]), body[last:].strip(), "".join(behind).strip()
 
 
-def check_cell(number, check, shown=False):
+def check_cell(number, check):
     "A cell for the reader's own answer; a key hides what is right, `test` is code that judges"
     from synseg.check import answer_key
     step, name = check.get("step", 0), f"{number}.{check['exercise']}"
     key = check.get("test") or json.dumps(answer_key(name, *map(frozen, check["answers"]), step=step))
-    source = f"mine = None  # your answer to exercise {check['exercise']}: {check['ask']}\ncheck_answer(mine, {key}{f', step={step}' if step else ''})"
+    source = f"from synseg.check import check_answer\nmine = None  # your answer to exercise {check['exercise']}: {check['ask']}\ncheck_answer(mine, {key}{f', step={step}' if step else ''})"
     said = ["exercise: not tried yet\n" if check.get("test") else f"exercise {name}: not tried yet\n"]
     output = {"name": "stdout", "output_type": "stream", "text": said}
-    return new("code", ("" if shown else "from synseg.check import check_answer\n") + source, [output])
+    return new("code", source, [output])
 
 
 def frozen(answer):

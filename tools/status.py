@@ -1,7 +1,8 @@
 """Which chapters ran, and the badge of one that did not.
 
 tools/course.py writes course-out/status.json; the weekly run publishes it, and the site shows a badge on top of a page
-where a status file lies at nbs/status.json or where SYNSEG_STATUS points."""
+where a status file lies at nbs/status.json or where SYNSEG_STATUS points. tools/seconds.py reads it for what each chapter costs.
+Nothing but Python is imported: the job that merges two runs installs nothing."""
 import argparse
 import html
 import json
@@ -17,6 +18,10 @@ def write_status(path, chapters, environment="the newest dependencies", date=Non
     "`chapters`: {name: dict(ok=bool, seconds=float, error=str)}; written whole or not at all"
     date = date or datetime.now(timezone.utc).strftime("%Y-%m-%d")
     status = dict(date=date, environment=environment, chapters={n: dict(sorted(c.items())) for n, c in sorted(chapters.items())})
+    return save(path, status)
+
+
+def save(path, status):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
@@ -64,8 +69,7 @@ def main():
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--to", type=Path, required=True)
     args = parser.parse_args()
-    both = merged(*map(read_status, args.paths))
-    args.to.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
+    both = save(args.to, merged(*map(read_status, args.paths)))
     bad = [name for name, c in both["chapters"].items() if not c.get("ok")]
     print(f"{len(both['chapters'])} chapters, {len(bad)} failed" + "".join(f"\n  {name}" for name in bad))
 
