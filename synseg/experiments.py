@@ -72,7 +72,7 @@ def recipe_run(
 # %% ../nbs/82_experiments.ipynb #2bf43c39
 @plain
 def benchmark(
-    names: Annotated[Optional[list[str]], typer.Argument(help="crf, kmeans, metrics, realtime, or all; without a name they are listed")] = None,
+    names: Annotated[Optional[list[str]], typer.Argument(help="crf, kmeans, metrics, realtime, train, infer, data, or all; without a name they are listed")] = None,
     rounds: Annotated[int, typer.Option(help="medians are taken over so many")] = 5,
     size: Annotated[Optional[str], typer.Option(help="height x width of the pictures; default: 360x480, for realtime 512x1024 and its half")] = None,
     device: Annotated[str, typer.Option(help="where ours runs: cpu, cuda; the others stay on the CPU")] = "cpu",

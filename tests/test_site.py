@@ -69,7 +69,7 @@ def test_chapters_were_executed_and_check_themselves(path):
     checks = [c for c in code if re.search(r"\bassert\b|\btest_same\(|expect_fail|assert_close|check_\w+\(", text(c))]
     assert len(checks) >= 0.2 * len(code), f"only {len(checks)} of {len(code)} code cells check anything"
     assert any(re.search(r"^## Exercises", text(c), re.M) for c in cells(path, "markdown")), "exercises are missing"
-    longest = max(len(text(c).splitlines()) for c in code if "@app.command" not in text(c))  # a command's options are a list
+    longest = max(len(text(c).splitlines()) for c in code)
     assert longest <= 45, f"a cell of {longest} lines"
 
 
