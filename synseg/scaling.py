@@ -19,6 +19,7 @@ from torch import Tensor
 from .core import read_json, write_json
 from .engine import Engine
 from .losses import CrossEntropyLoss
+from .runstate import leave_processes
 from .stopwatch import Machine
 from .zoo import create_model
 
@@ -183,8 +184,7 @@ def time_steps(out: str, batch: int, size: tuple[int, int], steps: int, model: s
         links[4*numbers] = sorted(tries)[len(tries)//4]
     numbers = sum(p.numel() for p in engine.model.parameters())
     if engine.main: write_json(out, dict(seconds=found[2:], links=links, parameters=numbers, world=engine.world))
-    engine.accelerator.wait_for_everyone()
-    engine.accelerator.end_training()
+    leave_processes()
 
 # %% ../nbs/18_scaling.ipynb #8ef549a9
 def measure(processes: int, batch: int = 4,  # images of each
