@@ -108,7 +108,7 @@ def _summary(rows: list[dict]) -> str:
 @app.command()
 @plain
 def evaluate(
-    run: Annotated[str, typer.Argument(help="the --out folder of synseg train, a .safetensors file, or 'scenes'")],
+    run: Annotated[str, typer.Argument(help="the --out folder of synseg train, a .safetensors file, or a network that ships: scenes, contextnet_cn14")],
     data: Annotated[Optional[str], typer.Option(help="default: what the run was validated on")] = None,
     root: Root = None, split: Annotated[Optional[str], typer.Option(help="default: val")] = None,
     domain: Domain = None, images: Images = None,
@@ -142,8 +142,9 @@ def _evaluation_data(run: str, data, root, split, domain, images, size, channels
     "What the options name; what they leave open comes from the run itself"
     from dataclasses import replace
     from synseg.runs import Run, read_run, score_set
+    from synseg.zoo import shipped_weights
     if data is None and Path(run).is_dir(): settings, root = read_run(run, root)
-    elif data is None and run != "scenes": raise ValueError(f"{run} does not say what it was trained on: add --data NAME")
+    elif data is None and run not in ("scenes", *shipped_weights()): raise ValueError(f"{run} does not say what it was trained on: add --data NAME")
     else: settings = Run(data=data or "scenes", size=size)
     settings = replace(settings, images=images, domain=domain or settings.domain, in_channels=channels)
     return score_set(settings, root, split or (settings.valid if images or data else None))
@@ -153,7 +154,7 @@ def _evaluation_data(run: str, data, root, split, domain, images, size, channels
 @plain
 def predict(
     words: Annotated[list[str], typer.Argument(metavar="[RUN] PHOTOS...", help="photographs of any size, folders of them, films; before them "
-        "the --out folder of synseg train or a .safetensors file (default: the network that ships with synseg)")],
+        "the --out folder of synseg train, a .safetensors file, or a network that ships: scenes (the default) or contextnet_cn14")],
     out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("out"),
     size: Annotated[Optional[str], typer.Option(help="what the network sees: a shorter side in pixels, or 'full'; default: as it was trained")] = None,
     tile: Annotated[Optional[int], typer.Option(help="side of the tiles: bounds memory, does not change the answer")] = None,
@@ -220,7 +221,7 @@ def _write_frames(out: Path, model, source: Path, seen, batch: int, alpha: float
 # %% ../nbs/92_cli.ipynb #fc7df951
 @app.command()
 @plain
-def export(run: Annotated[str, typer.Argument(help="the --out folder of synseg train, a .safetensors file, or 'scenes'")],
+def export(run: Annotated[str, typer.Argument(help="the --out folder of synseg train, a .safetensors file, or a network that ships: scenes, contextnet_cn14")],
            out: Annotated[Path, typer.Option(help="the file to write: .onnx or .pt2")],
            format: Annotated[Optional[str], typer.Option(help="onnx or torch; default: as the file's name ends")] = None,
            size: Annotated[Optional[str], typer.Option(help="for images of this height x width alone; default: any size")] = None):

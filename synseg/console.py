@@ -7,7 +7,6 @@ __all__ = ['TYPER', 'plain', 'parse_size', 'checkpoint', 'run_and_photos', 'pars
 
 # %% ../nbs/97_console.ipynb #961e5b07
 import functools, json, os
-from importlib import resources
 from pathlib import Path
 
 import typer
@@ -43,10 +42,14 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 # %% ../nbs/97_console.ipynb #f4ef8c53
 def checkpoint(run: str) -> Path:
-    "The weights of a run: a folder of `synseg train`, a .safetensors file, or 'scenes' for those that ship with the package"
+    "The weights of a run: a folder of `synseg train`, a .safetensors file, or a network that ships by its name; 'scenes' is unet_small"
     path = Path(run)
-    if run == "scenes" and not path.exists(): return Path(str(resources.files("synseg"))) / "weights" / "unet_small-scenes.safetensors"
-    if not path.exists(): raise FileNotFoundError(f"there is no run {run}: expected the --out folder of synseg train, or a .safetensors file")
+    if not path.exists():
+        from synseg.zoo import shipped_weights
+        shipped = shipped_weights()
+        if (name := "unet_small" if run == "scenes" else run) in shipped: return shipped[name]
+        raise FileNotFoundError(f"there is no run {run}: expected the --out folder of synseg train, a .safetensors file, or a network that "
+                                f"ships ({', '.join(shipped)})")
     if path.is_dir() and not (path / "model.safetensors").is_file():
         raise FileNotFoundError(f"{run} holds no model.safetensors: is it the --out folder of synseg train, and was an epoch finished?")
     return path / "model.safetensors" if path.is_dir() else path

@@ -98,6 +98,7 @@ _SMOKE = Run(images=64, size=(64, 96), epochs=2)
 _CAMVID = Run(data="camvid")
 _BORROWED = Run(data="camvid", model="unet", encoder="mobilenet_v2", size=(192, 256), eval_size=(288, 384), minutes=20, batch_size=4,
                 lr=1e-3, options={"decoder_width": [128, 64, 48, 32]}, augment={"scale": [1.0, 2.0]})  # crops; scored whole
+_QUICK = Run(domain="both", model="contextnet_cn14", images=3000, size=(192, 256), epochs=10, batch_size=8, options={"aux": True})
 _ISBI = Run(data="isbi2012", in_channels=1, batch_size=4, lr=2e-3, split="train", valid="val", size=(256, 256), epochs=100,
             augment=dict(scale=(0.8, 1.25), reference="pixel", rotation=180, elastic=10, outside="mirror"))
 
@@ -111,6 +112,9 @@ _ALL = [
     Recipe("scenes_unet_small", "The weights that ship with the package: unet_small on camera and synthetic scenes together.",
            profiles(replace(_SMOKE, domain="both"), Run(domain="both", images=3000, size=(120, 160), epochs=10, batch_size=8),
                      Run(domain="both", images=40_000, size=(240, 320), epochs=20)), _on_both),
+    Recipe("scenes_contextnet_cn14", "The quick network that ships with the package: ContextNet on camera and synthetic scenes together.",
+           profiles(replace(_SMOKE, domain="both", model="contextnet_cn14", options={"width": 0.25, "aux": True}), _QUICK,
+                    replace(_QUICK, images=40_000, size=(240, 320), epochs=20)), _on_both),
     Recipe("camvid_unet_small", "The CPU mark: unet_small on CamVid's train, from random weights, scored on val.",
            profiles(_SMOKE, _CAMVID, replace(_CAMVID, size=(360, 480), epochs=500)), one, "camvid"),
     Recipe("camvid_unet_small_holdout", "Trained without sequence 0001TP (dusk) and scored on it: val flatters, this does not.",

@@ -38,7 +38,8 @@ from .tiramisu import ENTRIES as TIRAMISUS
 from .unet import ENTRIES as UNETS
 
 # %% auto #0
-__all__ = ['list_models', 'model_info', 'model_options', 'ModelCard', 'create_model', 'save_model', 'read_card', 'load_model']
+__all__ = ['list_models', 'model_info', 'model_options', 'ModelCard', 'create_model', 'shipped_weights', 'save_model',
+           'read_card', 'load_model']
 
 # %% ../nbs/15_zoo.ipynb #2aedb9ff
 _ENTRIES: dict[str, ModelEntry] = {**UNETS, **PRETRAINED, **FCNS, **SEGNETS, **TIRAMISUS, **GRIDNETS,
@@ -166,12 +167,14 @@ def _load_whole(model: Segmenter, weights: str | Path) -> None:
     _fill(model, path)
     model.card = card
 
+def shipped_weights() -> dict[str, Path]:
+    "{model: file} of the weights that come with the package; all were trained on scenes"
+    folder, end = Path(str(resources.files("synseg"))) / "weights", "-scenes.safetensors"
+    return {path.name.removesuffix(end): path for path in sorted(folder.glob("*" + end))}
+
 def _weights_path(name: str, weights: str | Path) -> Path:
-    shipped = Path(str(resources.files("synseg"))) / "weights"
     if str(weights) == "scenes":
-        path = shipped / f"{name}-scenes.safetensors"
-        if path.is_file(): return path
-        have = sorted(p.name.removesuffix("-scenes.safetensors") for p in shipped.glob("*-scenes.safetensors"))
+        if name in (have := shipped_weights()): return have[name]
         raise FileNotFoundError(f"no weights for {name} on scenes ship with this version"
                                 f" (there are some for: {', '.join(have) or 'no model yet'}): use weights=None, or a path")
     if Path(weights).suffix or Path(weights).exists(): return Path(weights)
@@ -181,6 +184,7 @@ def _weights_path(name: str, weights: str | Path) -> Path:
 def save_model(model: nn.Module, path: str | Path, label_space: LabelSpace | None = None,
                input_size: tuple[int, int] | None = None,  # height, width
                extra: dict | None = None,  # anything JSON can hold
+               half: bool = False,  # two bytes for each weight: half the file, to pass on, not to go on training from
               ) -> Path:
     """Write a model of `create_model` as .safetensors whose header holds its name, options and label space.
 
@@ -192,6 +196,7 @@ def save_model(model: nn.Module, path: str | Path, label_space: LabelSpace | Non
     card = ModelCard(card.name, card.num_classes, card.in_channels, card.options, label_space or card.label_space,
                      tuple(input_size) if input_size else card.input_size, card.extra if extra is None else extra)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    if half: state = {k: _halved(k, v) for k, v in state.items()}
     content = save(state, metadata={"synseg": card.to_json()})
     try:
         with atomic_path(path) as temporary: temporary.write_bytes(content)
@@ -199,6 +204,12 @@ def save_model(model: nn.Module, path: str | Path, label_space: LabelSpace | Non
         kept = "the file that was there is untouched" if path.exists() else "nothing was left behind"
         raise OSError(error.errno, f"could not write {len(content)/1e6:.1f} MB to {path} ({error.strerror}); {kept}") from error
     return path
+
+def _halved(name: str, values: Tensor) -> Tensor:
+    "Floats as float16; ValueError where one is too large for it"
+    if not values.is_floating_point(): return values
+    if (found := values.half()).isinf().any(): raise ValueError(f"{name} holds numbers that float16 cannot hold: save with half=False")
+    return found
 
 # %% ../nbs/15_zoo.ipynb #d0b1be6d
 def read_card(path: str | Path) -> ModelCard:

@@ -7,7 +7,11 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from synseg.labels import label_space
+from synseg.zoo import create_model, load_model, save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -16,6 +20,7 @@ import outputs  # noqa: E402
 import readme  # noqa: E402
 import run_it  # noqa: E402
 import seconds  # noqa: E402
+import ship  # noqa: E402
 import status  # noqa: E402
 
 
@@ -108,6 +113,16 @@ def test_seconds_are_those_of_the_last_course(tmp_path, monkeypatch):
     assert seconds.last_run() == {}
     status.save(tmp_path / "course-out" / "status.json", dict(chapters={"00_core": dict(ok=True, seconds=6.1), "44_gridnet": dict(ok=False, seconds=2.0)}))
     assert seconds.last_run() == {"00_core": 6.1}
+
+
+def test_what_is_shipped_has_no_training_head(tmp_path):
+    torch.manual_seed(0)
+    trained = create_model("contextnet_cn14", 11, width=0.125, aux=True).eval()
+    save_model(trained, tmp_path / "run" / "model.safetensors", label_space("scenes"), (96, 128))
+    path, x = ship.ship(tmp_path / "run", tmp_path), torch.rand(1, 3, 96, 128)
+    again = load_model(path)
+    assert path.name == "contextnet_cn14-scenes.safetensors" and again.card.options == {"width": 0.125} and again.card.input_size == (96, 128)
+    torch.testing.assert_close(again(x), trained(x), rtol=0.01, atol=0.01)
 
 
 def test_a_chapter_says_how_it_is_run_and_other_pages_do_not():

@@ -7,10 +7,14 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
 
+from synseg.core import load_result
 from synseg.labels import label_space
-from synseg.zoo import (ModelCard, create_model, list_models, load_model, model_info, model_options, read_card, save_model)
+from synseg.runs import VALID_SEED, Run, scenes
+from synseg.scoring import evaluate
+from synseg.zoo import (ModelCard, create_model, list_models, load_model, model_info, model_options, read_card, save_model, shipped_weights)
 
 SMALL = {"unet": dict(width=4), "unet_small": dict(width=4), "unet_valid": dict(width=2),
          "segnet": dict(width=4), "segnet_basic": dict(width=4), "deconvnet": dict(width=2),
@@ -66,6 +70,32 @@ def test_card(saved):
     assert card.label_space == label_space("scenes") and card.input_size == (96, 128) and card.extra == {"epoch": 3}
     again = save_model(load_model(path), path.with_name("again.safetensors"))
     assert read_card(again) == card and again.read_bytes() == path.read_bytes()
+
+
+def test_two_bytes_for_each_weight(saved, tmp_path):
+    model, path = saved
+    half = save_model(model, tmp_path / "half.safetensors", half=True)
+    assert half.stat().st_size < 0.7 * path.stat().st_size
+    again = load_model(half)
+    for (name, a), b in zip(again.state_dict().items(), model.state_dict().values()):
+        assert a.dtype == b.dtype, name
+        assert_close(a, b, rtol=1e-3, atol=1e-7)
+    model.state_dict()["score.bias"].fill_(1e6)
+    before = half.read_bytes()
+    with pytest.raises(ValueError, match="float16 cannot hold"): save_model(model, half, half=True)
+    assert half.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", shipped_weights())
+def test_what_ships_is_small_and_as_good_as_recorded(name):
+    files = shipped_weights()
+    assert len(files) >= 2 and sum(p.stat().st_size for p in files.values()) <= 8e6
+    assert {v.dtype for v in load_file(files[name]).values()} <= {torch.float16, torch.int64}
+    model, record = create_model(name, 11, weights="scenes").eval(), load_result(f"scenes_{name}")["metrics"]
+    assert model.card.label_space == label_space("scenes")
+    for domain in ("camera", "synthetic"):
+        found = evaluate(model, scenes(Run(domain=domain, size=model.card.input_size), 200, VALID_SEED), model.card.input_size)
+        assert abs(found["mean_iou"] - record[domain]["mean_iou"]) < 0.002, domain
 
 
 @pytest.mark.parametrize("arguments, options, says", [
