@@ -190,10 +190,9 @@ def test_streams_on_a_gpu():
 
 
 def test_the_recorded_run():
-    record = load_result("benchmark_realtime")
-    if record is None:
-        pytest.skip("not recorded yet")
+    record = load_result("benchmark_realtime_1024x2048_cpu")
     metrics = record["metrics"]
+    assert {g.split(",")[0] for g in metrics["groups"]} == {"1024x2048", "512x1024", "256x512"}
     assert all(v < 5e-3 for v in metrics["agreement"].values())
     assert set(metrics["memory"]) <= set(RIVALS)
     assert report(metrics).count("\n") >= len(RIVALS)
