@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FULL', 'CLASSES', 'PIPELINED', 'PUBLISHED', 'RIVALS', 'TURNED', 'Published', 'Setting', 'unable', 'network',
            'prepare', 'camera', 'upload', 'download', 'serve', 'present', 'sizes', 'settings', 'plan', 'frames',
-           'agree', 'frame_memory', 'rates', 'report', 'profile_layers']
+           'agree', 'frame_memory', 'rates', 'in_order', 'report', 'profile_layers']
 
 # %% ../nbs/65_realtime.ipynb #4be73ec8
-import contextlib, copy, importlib, itertools, statistics, time
+import contextlib, copy, importlib, itertools, math, statistics, time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -218,13 +218,16 @@ def frame_memory(name: str, height: int, width: int) -> Callable[[], object]:
 # %% ../nbs/65_realtime.ipynb #0c54f25d
 def rates(metrics: dict | None) -> dict[tuple[str, str], float]:
     "{(group, name): frames per second}: frames of a call over the median of its seconds; empty without a record"
-    return {(g, n): rate(r, "frames")
-            for g, rows in (metrics or {}).get("groups", {}).items() for n, r in rows.items()}
+    return {(g, n): rate(r, "frames") for g, rows in (metrics or {}).get("groups", {}).items() for n, r in rows.items()}
+
+def in_order(found: dict[tuple[str, str], float]) -> list[str]:
+    "The groups of `rates`, the largest size first, sequential before pipelined"
+    return sorted({g for g, _ in found}, key=lambda g: (-math.prod(map(int, g.split(",")[0].split("x"))), g))
 
 def report(metrics: dict | None) -> str:
     "Tables 6 and 7 of Poudel et al. (2018), as printed and as measured in one run; - where the paper prints nothing, else 'not run'"
     found, held, show = rates(metrics), (metrics or {}).get("memory", {}), lambda v: None if v is None else f"{v:g}"
-    groups = list(dict.fromkeys(g for g, _ in found)) or ["measured"]
+    groups = in_order(found) or ["measured"]
     rows = [["", "IoU", "category", "printed M", "M", "G multiply-adds", "MiB", "paper full", "half", "quarter", *groups]]
     for name in RIVALS:
         p, size = PUBLISHED.get(name, Published()), ["not run"] * 2
