@@ -22,7 +22,7 @@ from torchvision import tv_tensors
 from .core import IMAGENET_MEAN, VOID
 from .files import fetch, read_image, read_label, unpack
 from .labels import LabelSpace
-from .layouts import LAYOUTS, Sample, find_samples
+from .layouts import LAYOUTS, Sample, find_samples, layout_of
 from .transforms import Paired
 
 # %% ../nbs/07_datasets.ipynb #4a7fe8a9
@@ -166,8 +166,7 @@ def unpacked(labels: Tensor) -> Tensor:
 # %% ../nbs/07_datasets.ipynb #dbc5aba1
 def download_dataset(name: str, root: str | Path, progress: bool = True):
     "Fetch and unpack the public archives of a data set into `root`; ValueError with instructions where there are none"
-    if name not in LAYOUTS: raise ValueError(f"there is no data set {name!r}; known: {', '.join(LAYOUTS)}")
-    layout, root = LAYOUTS[name], Path(root).expanduser()
+    layout, root = layout_of(name), Path(root).expanduser()
     if not layout.archives:
         raise ValueError(f"{name} cannot be downloaded automatically. {layout.source}\n  expected then: {layout.files}")
     for archive in layout.archives:

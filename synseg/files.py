@@ -36,12 +36,13 @@ def _opened(path: Path, page: int = 0) -> Iterator[Image.Image]:
             if page: file.seek(page)
             file.load()
             if 0 in file.size: raise ValueError("its width or height is zero")
-            yield file
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to be opened safely: {error}") from error
     except (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}. Is it damaged or cut short? Fetch it again, "
                          "or leave it out.") from error
+    try: yield file
+    except ValueError as error: raise ValueError(f"{path} cannot be used: {error}") from error
 
 # %% ../nbs/93_files.ipynb #cd41197e
 def read_image(path: str | Path, page: int = 0) -> np.ndarray:

@@ -36,18 +36,21 @@ def _checked(
                      " (LabelSpace.from_disk), or give the right num_classes")
 
 # %% ../nbs/09_metrics.ipynb #b9w1nner
-def winner(
-    scores: Tensor, # (..., K, H, W) logits or probabilities
-) -> Tensor: # (..., H, W) integers: the class with the highest score, of equals the first
-    "`scores.argmax(-3)`, several times faster on a CPU"
+def winner(scores: Tensor, # (..., K, H, W) logits or probabilities
+          ) -> Tensor: # (..., H, W) integers: the class with the highest score, of equals the first
+    "`scores.argmax(-3)`, several times faster on a CPU; ValueError where a score is NaN, which no class wins"
     k = scores.shape[-3]
-    if scores.device.type != "cpu" or not 0 < k < 256: return scores.max(-3).indices
+    if scores.device.type != "cpu" or not 0 < k < 256:
+        top, found = scores.max(-3)
+        if top.isnan().any(): raise ValueError(_NAN)
+        return found
     out = torch.zeros(scores.shape[:-3] + scores.shape[-2:], dtype=torch.uint8)
     for one, rank in zip(scores.reshape(-1, *scores.shape[-3:]), out.view(-1, *scores.shape[-2:])):
         top = one.amax(0)
-        if top.isnan().any(): rank.copy_(k - one.max(0).indices); continue
+        if top.isnan().any(): raise ValueError(_NAN)
         for c, plane in enumerate(one): torch.maximum(rank, (plane == top).view(torch.uint8).mul_(k - c), out=rank)
     return out.neg_().add_(k)
+_NAN = "a score is NaN: no class can be said to win there. Has the training diverged, or is there NaN in the images?"
 
 # %% ../nbs/09_metrics.ipynb #20b27fcf
 def _pair(pred, target) -> tuple[Tensor, Tensor]: # both (N, H, W), integers
@@ -93,10 +96,8 @@ def _iou(counts: Tensor, charge_void: bool = False) -> Tensor: # (..., K) float6
 # %% ../nbs/09_metrics.ipynb #47b38c01
 class _Counts:
     "Counting: what `ConfusionMatrix` holds, and how it grows"
-    def __init__(self,
-                 num_classes: int, # K
-                 ignore_index: int = VOID, # the value that means void
-                ):
+    def __init__(self, num_classes: int, # K
+                 ignore_index: int = VOID): # the value that means void
         if int(num_classes) != num_classes or not 1 <= num_classes <= 10_000:
             raise ValueError(f"num_classes {num_classes} found; expected a whole number from 1 to 10,000")
         self.num_classes, self.ignore_index = int(num_classes), ignore_index
@@ -108,11 +109,10 @@ class _Counts:
         self.image_scores: list[float] = [] # mean IoU of each image that has a labelled pixel
         return self
 
-    def update(self,
-               pred: Tensor, # (N, H, W) class ids or void, or logits (N, K, H, W); (H, W) is one image
+    def update(self, pred: Tensor, # (N, H, W) class ids or void, or logits (N, K, H, W); (H, W) is one image
                target: Tensor, # (N, H, W) class ids or void
               ) -> "ConfusionMatrix":
-        "Count a batch; ValueError for values that are neither class nor void, and for unequal shapes"
+        "Count a batch; ValueError for values that are neither class nor void, NaN among logits, and unequal shapes"
         counts = confusion_counts(pred, target, self.num_classes, self.ignore_index).cpu()
         self.counts += counts.sum(0)
         scores = _iou(counts).nanmean(-1)

@@ -149,5 +149,5 @@ class ModelEntry:
 def entry_of(entries: Mapping, name: str, kind: str = "model"):
     "The entry of a name; ValueError with the nearest one, and all, where there is none"
     if name in entries: return entries[name]
-    near = difflib.get_close_matches(str(name), entries, n=1)
+    near = difflib.get_close_matches(str(name).lower(), entries, n=1)
     raise ValueError(f"no {kind} is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".") + f" Known: {', '.join(entries)}")

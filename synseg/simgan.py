@@ -124,11 +124,15 @@ class _Held:
         self.size, self.count, self.images = size, 0, None
 
     def _make_room(self, like: Tensor) -> None:
-        if self.images is None: self.images = like.new_empty(self.size, *like.shape[1:])
+        "Room for `like`, `size` pictures at most: it grows as it fills, so that a large buffer costs nothing while it is empty"
+        if self.images is None: self.images = like.new_empty(0, *like.shape[1:])
         if self.images.shape[1:] != like.shape[1:]:
             raise ValueError(f"the buffer holds pictures of {tuple(self.images.shape[1:])}, these are {tuple(like.shape[1:])}; "
                              "expected one size: crop or resize them, or take a new buffer")
         self.images = self.images.to(like.device)
+        if len(self.images) < min(self.size, self.count + len(like)):
+            more = min(self.size, 2*(self.count + len(like))) - len(self.images)
+            self.images = torch.cat([self.images, self.images.new_empty(more, *like.shape[1:])])
 
     def state_dict(self) -> dict:
         "Tensors and plain numbers"
@@ -140,8 +144,7 @@ class _Held:
             found = "no buffer" if state is None else f"a buffer of {state['size']}"
             raise ValueError(f"the checkpoint is of {found}, this one holds {self.size}: make them equal to go on")
         self.count, images = state["count"], state["images"]
-        self.images = None if images is None else images.new_empty(self.size, *images.shape[1:])
-        if images is not None: self.images[:self.count] = images
+        self.images = None if images is None else images.clone()
 
 # %% ../nbs/73_simgan.ipynb #f1038caa
 class HistoryBuffer(_Held):
