@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .console import TYPER, plain
+from .console import TYPER, plain, writable
 
 # %% ../nbs/98_browse.ipynb #6c5caad1
 data_app = typer.Typer(help="Look at data sets.", **TYPER)
@@ -51,9 +51,8 @@ def data_info(name: str, root: Annotated[Optional[Path], typer.Option(help="coun
     for sentence in data.check() if hasattr(data, "check") else []: typer.echo(f"  wrong: {sentence}")
 
 def _describe(name: str):
-    from synseg.layouts import LAYOUTS
-    if name not in LAYOUTS: raise ValueError(f"there is no data set {name!r}; choose one of scenes, {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[name]
+    from synseg.layouts import layout_of
+    layout = layout_of(name)
     typer.echo(f"{name}\n  splits    {', '.join(layout.splits)}\n  expected  {layout.files}\n  source    {layout.source}")
 
 # %% ../nbs/98_browse.ipynb #5b23ffe5
@@ -91,6 +90,7 @@ def data_preview(name: str = typer.Argument("scenes"), root: Optional[Path] = No
     from synseg.core import atomic_path
     from synseg.runs import Run, score_set, training_set
     if n < 1: raise ValueError(f"--n is {n}; at least one image is needed")
+    writable(out.parent)
     run = Run(data=name, split=split, domain=domain, images=max(n, 60) if name == "scenes" else None)
     data = score_set(run) if name == "scenes" else training_set(run, root)
     figure = _sheet(data, n, f"{name} {split if name != 'scenes' else domain}")
@@ -141,6 +141,7 @@ def data_import_labelme(folder: Annotated[Path, typer.Argument(help="pictures an
     listed = lambda text: [name.strip() for name in text.split(",") if name.strip()]
     found = import_labelme(folder, out, listed(classes) if classes else None, None if rest == "void" else rest, listed(ignore), val, seed)
     for name, share in found["shares"].items(): typer.echo(f"  {name:<16} {100 * share:6.2f} %")
+    if found["nothing"]: typer.echo(f"{len(found['nothing'])} outlines cover no pixel of their picture, such as {found['nothing'][0]}", err=True)
     if found["unlabelled"]: typer.echo(f"{len(found['unlabelled'])} pictures without outlines are left out, such as {found['unlabelled'][0].name}")
     typer.echo(f"{len(found['train'])} pictures to learn from, {len(found['val'])} to be judged by, in {out}\n"
                f"Next: synseg data preview folder --root {out}\n      synseg train --data folder --root {out} --out runs/mine")

@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from .browse import data_app
-from .console import TYPER, checkpoint, crf_layer, parse_options, parse_size, parse_view, plain, run_and_photos
+from .console import TYPER, checkpoint, crf_layer, display_space, fresh, parse_options, parse_size, parse_view, plain, run_and_photos, writable, write_frames, write_pictures
 from .experiments import benchmark, recipe_app
 
 # %% ../nbs/92_cli.ipynb #1f1fa12c
@@ -91,6 +91,7 @@ def train(
         batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, ema=ema, precision=precision, weights=weights,
         encoder=encoder, encoder_weights=encoder_weights, optimizer=optimizer, schedule=schedule,
         encoder_lr=encoder_lr, freeze_norms=freeze_norms, sync_norms=sync_norms, options=parse_options(option))
+    if resume: _same_settings(settings, out)
     try: learner = runs.train(settings, out, root, resume, workers=workers, tensorboard=tensorboard)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}\nGo on with: synseg train --out {out} --resume") from None
@@ -98,6 +99,16 @@ def train(
     leave_processes()
 
 # %% ../nbs/92_cli.ipynb #00597f84
+def _same_settings(asked, out: Path):
+    "ValueError where --resume comes with a setting that is not the run's own, which it would not obey"
+    from dataclasses import asdict
+    from synseg.runs import Run, read_run
+    begun, usual = asdict(read_run(out)[0]), asdict(Run())
+    other = [k for k, v in asdict(asked).items() if v != usual[k] and v != begun[k]]
+    if other:
+        raise ValueError(f"{out} was begun with {', '.join(f'{k}={begun[k]!r}' for k in other)}, and --resume goes on with a run as it was begun. Leave out "
+                         f"{', '.join('--' + k.replace('_', '-') for k in other)}; or train anew from its weights: --weights {out}/model.safetensors --out FOLDER")
+
 def _summary(rows: list[dict]) -> str:
     "What a run saw, how long it took, how well it did at best"
     scores = [row["mean_iou"] for row in rows if "mean_iou" in row]
@@ -173,50 +184,31 @@ def predict(
     """
     from synseg.core import default_device
     from synseg.inference import as_image, halo_for, predict as segment
-    from synseg.stream import FILMS, PHOTOS, moving
+    from synseg.stream import FILMS, PHOTOS, frames_of, moving
     from synseg.zoo import load_model
     run, photos = run_and_photos(words, PHOTOS | FILMS | {".gif"})
     if any(map(moving, photos)) and (tile or tta or crf):
         raise ValueError("--tile, --tta and --crf are for single photographs: name these one by one, as in FOLDER/*.jpg")
     model = load_model(checkpoint(run)).to(default_device())
     refine, seen = crf_layer(crf, max(2, model.num_classes)), parse_view(size, model.card.input_size)
-    halo, space = halo_for(model) if tile else None, _display_space(model)
-    for photo in photos:
+    for photo in photos:  # a mistyped name is said before the others are worked on
+        if not photo.exists(): (frames_of if moving(photo) else as_image)(photo)
+    writable(out)
+    halo, space, taken, left_out = halo_for(model) if tile else None, display_space(model), set(), []
+    for photo in dict.fromkeys(photos):
         if moving(photo):
-            _write_frames(out, model, photo, seen, batch, alpha, space)
+            write_frames(out, model, photo, seen, batch, alpha, space, taken, left_out)
             continue
-        labels = segment(model, image := as_image(photo), tile, tta, refine, size=seen, halo=halo)
-        _write_pictures(out, photo.stem, image, labels, space)
+        try: image = as_image(photo)
+        except (ValueError, OSError) as error:
+            left_out.append(str(error))
+            continue
+        labels = segment(model, image, tile, tta, refine, size=seen, halo=halo)
+        write_pictures(out, name := fresh(photo.stem, taken), image, labels, space)
         found = sorted(((float((labels == k).double().mean()), n) for k, n in enumerate(space.names)), reverse=True)
-        typer.echo(f"{photo}: " + ", ".join(f"{n} {100 * share:.0f} %" for share, n in found[:5] if share >= 0.005))
-    typer.echo(f"pictures are in {out}: NAME_overlay.png is the one to look at")
-
-# %% ../nbs/92_cli.ipynb #5701c56b
-def _display_space(model):
-    "The checkpoint's label space; numbered classes where it has none"
-    from synseg.labels import LabelSpace, label_space
-    if model.card.label_space is not None: return model.card.label_space
-    k = max(2, model.num_classes)
-    return LabelSpace(tuple(f"class {i}" for i in range(k)), label_space("voc2012" if k <= 21 else "coco_stuff").palette[:k])
-
-def _write_pictures(out: Path, name: str, image, labels, space):
-    import numpy as np
-    from PIL import Image
-    from synseg.core import atomic_path
-    from synseg.show import overlay
-    index = labels.numpy().astype(np.uint8)
-    for kind, picture in dict(index=index, colour=space.to_colour(index), overlay=overlay(image, index, space)).items():
-        with atomic_path(out / f"{name}_{kind}.png") as temporary: Image.fromarray(picture).save(temporary, format="png")
-
-def _write_frames(out: Path, model, source: Path, seen, batch: int, alpha: float, space):
-    "Stream a folder or film past a progress bar, then print the frame rate"
-    from tqdm import tqdm
-    from synseg.stream import FrameRate, frames_of, stream
-    frames, rate = frames_of(source), FrameRate()
-    total = len(frames) if isinstance(frames, list) else None
-    for frame in tqdm(stream(model, frames, batch, size=seen, alpha=alpha, rate=rate), source.name, total, unit="frame"):
-        _write_pictures(out, frame.name, frame.image, frame.labels, space)
-    typer.echo(f"{source}: {rate}")
+        typer.echo(f"{photo}{'' if name == photo.stem else f' as {name}'}: " + ", ".join(f"{n} {100 * share:.0f} %" for share, n in found[:5] if share >= 0.005))
+    if taken: typer.echo(f"pictures are in {out}: NAME_overlay.png is the one to look at")
+    if left_out: raise ValueError("; ".join(left_out))
 
 # %% ../nbs/92_cli.ipynb #fc7df951
 @app.command()
@@ -233,7 +225,9 @@ def export(run: Annotated[str, typer.Argument(help="the --out folder of synseg t
     """
     from synseg.deploy import export as write
     from synseg.zoo import load_model
+    if format is None and out.suffix not in (".onnx", ".pt2"): raise ValueError(f"{out.name} must end in .onnx or .pt2: the ending says what is written")
     fixed, kind = parse_size(size), format or ("torch" if out.suffix == ".pt2" else "onnx")
+    writable(out.parent)
     path = write(load_model(checkpoint(run)), out, kind, fixed, dynamic=fixed is None)
     typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB, images of {size or 'any size from 64x64 on'}; the same answers as the network")
 
@@ -256,6 +250,8 @@ def notebooks(folder: Annotated[Path, typer.Argument(help="where to put the cour
     from synseg.notebooks import copy_course
     written = copy_course(folder, format, force)
     typer.echo(f"{len(written)} chapters in {written[0].parent}; begin with {written[0].name}")
+    then = dict(ipynb=f"jupyter lab {written[0]}", py=f"open {written[0]} in VS Code, PyCharm or Spyder, cell by cell", md=f"read {written[0]}")
+    typer.echo(f"Next: {then[format]}")
 
 @app.command()
 @plain

@@ -94,4 +94,6 @@ def report(found: dict) -> str:
     weights = ", ".join(found["weights"]) or "none"
     lines += ["", f"Weights with the package: {weights}", f"ImageNet weights in {found['imagenet_folder']}: {len(found['imagenet'])} files",
               f"Recorded results: {found['results'] or 'none'}", f"Free disk here: {found['free_gb']} GB"]
-    return "\n".join(lines)
+    missing = [name for name, v in found["packages"].items() if not v]
+    then = f"pip install {' '.join(missing)}" if missing else "synseg predict PHOTO to see a network at work, synseg notebooks course to read how"
+    return "\n".join([*lines, "", f"Next: {then}"])

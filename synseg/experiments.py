@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .console import TYPER, parse_size, plain
+from .console import TYPER, parse_size, plain, writable
 
 # %% ../nbs/82_experiments.ipynb #221618ea
 recipe_app = typer.Typer(help="Repeat the experiments of the course.", **TYPER)
@@ -64,6 +64,7 @@ def recipe_run(
     found, more = recipe(name), {} if seeds is None else dict(seeds=seeds)
     if more and not getattr(found, "seeded", False):
         raise ValueError(f"{name} has no --seeds: each of its trainings has a seed of its own (synseg recipe show {name})")
+    if record and profile != "smoke": writable(record)
     try: metrics = found.run(profile, data_root, out, record, encoder_weights, **more)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(f"{stop}\nThe same command goes on where this stopped.") from None
@@ -92,6 +93,7 @@ def benchmark(
     if not names: return typer.echo(json.dumps({n: c.about for n, c in benchmarks.CASES.items()}) if as_json else _list(benchmarks))
     names = list(benchmarks.CASES if "all" in names else dict.fromkeys(names))
     for name in names: benchmarks.case(name)  # a wrong name is found before minutes are spent on the right ones
+    if record: writable(record)  # not after the minutes
     found = {}
     for name in names:
         say = lambda text, name=name: typer.echo(f"{name}: {text}", err=True)

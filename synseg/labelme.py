@@ -124,7 +124,7 @@ def paint(drawing: Drawing, names: Sequence[str], rest: str | None = "background
     for k, shape in enumerate(drawing.shapes, 1):
         if shape.label not in ids:
             near = difflib.get_close_matches(shape.label, ids, 1)
-            raise ValueError(f"{drawing.path}: shape {k} is labelled {shape.label!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            raise ValueError(f"{drawing.path}: shape {k} is labelled {shape.label!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
                              + f" Known: {', '.join(names)}; void: {', '.join(label_void)}")
         painted[cover(shape, drawing.size)] = ids[shape.label]
     return painted
@@ -160,15 +160,17 @@ def _divided(n: int, val: float, seed: int) -> set[int]:
 def import_labelme(folder: str | Path, out: str | Path, classes: Sequence[str] | None = None, rest: str | None = "background",
                    label_void: Sequence[str] = IGNORED, val: float = 0.25, seed: int = 0) -> dict:
     """Turn a folder of pictures and labelme's files into the `folder` layout at `out`, and say what was found: names of the
-    pictures in `train` and `val`, `shares` of the classes, and `unlabelled` pictures, which have no file. `classes` in order
+    pictures in `train` and `val`, `shares` of the classes, shapes that cover `nothing` of their picture, and `unlabelled` pictures,
+    which have no file. `classes` in order
     (default: the labels that occur); for `rest` and `label_void` see `paint`. ValueError before anything is written."""
     folder, out = Path(folder), Path(out)
-    if out.exists() and any(out.iterdir()): raise ValueError(f"{out} is not empty: choose a new folder")
+    if out.is_file() or out.exists() and any(out.iterdir()): raise ValueError(f"{out} is {'a file' if out.is_file() else 'not empty'}: choose a new folder")
+    if out.resolve().is_relative_to(folder.resolve()): raise ValueError(f"{out} lies in {folder}, whose pictures it would be taken for: choose a folder beside it")
     drawings = find_drawings(folder)
     names, held = _classes(drawings, classes, rest, label_void), _divided(len(drawings), val, seed)
     counts = sum(np.bincount(paint(d, names, rest, label_void).ravel(), minlength=256) for d in drawings)[:len(names)]
     if not counts.any(): raise ValueError("every pixel is void: outline something, or let the rest be a class")
-    found = dict(train=[], val=[], shares=dict(zip(names, (counts / counts.sum()).round(4).tolist())))
+    found = dict(train=[], val=[], shares=dict(zip(names, (counts / counts.sum()).round(4).tolist())), nothing=_nothing(drawings))
     for k, d in enumerate(drawings):
         split, name = "val" if k in held else "train", "-".join(d.path.relative_to(folder).with_suffix("").parts)
         _write_pair(d, paint(d, names, rest, label_void), out / split, name)
@@ -176,6 +178,10 @@ def import_labelme(folder: str | Path, out: str | Path, classes: Sequence[str] |
     write_json(out / "label_space.json", LabelSpace(names, voc_colours(len(names) + 1)[1:]).to_dict())
     seen = {d.image.resolve() for d in drawings}
     return found | dict(unlabelled=[p for p in _pictures(folder) if p.resolve() not in seen])
+
+def _nothing(drawings: list[Drawing]) -> list[str]:
+    "Shapes that cover no pixel, mostly drawn outside of the picture: file and number of each"
+    return [f"{d.path}: shape {k} ({s.label})" for d in drawings for k, s in enumerate(d.shapes, 1) if not cover(s, d.size).any()]
 
 def _pictures(folder: Path) -> Iterator[Path]:
     yield from (p for p in sorted(folder.rglob("*")) if p.suffix.lower() in PHOTOS)

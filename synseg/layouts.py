@@ -231,8 +231,8 @@ def layout_of(name: str) -> Layout:
     "The layout of a data set; ValueError with the nearest name, and all, where there is none"
     if name in LAYOUTS: return LAYOUTS[name]
     near = difflib.get_close_matches(name.lower(), ["scenes", *LAYOUTS], 1)
-    raise ValueError(f"there is no data set {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
-                     + f" Choose one of scenes (drawn, without files), {', '.join(LAYOUTS)}")
+    raise ValueError(f"there is no data set {name!r}" + (f"; did you mean {near[0]!r}? Choose" if near else "; choose")
+                     + f" one of scenes (drawn, without files), {', '.join(LAYOUTS)}")
 
 def find_samples(name: str, root: str | Path, split: str) -> tuple[list[Sample], LabelSpace]:
     "The pairs of a data set's split and its label space; ValueError or FileNotFoundError that says what to do"

@@ -22,6 +22,7 @@ from .datasets import Seeded, class_frequencies, load_dataset
 from .discriminators import adversary
 from .enet import log_weights
 from .engine import AUX_WEIGHT
+from .layouts import layout_of
 from .losses import DiceLoss, FocalLoss, LovaszSoftmaxLoss, median_frequency_weights
 from .optimizers import check_optimizer, create_optimizer, create_schedule, freeze_norms, per_process
 from .runstate import alone_in
@@ -92,9 +93,9 @@ def _check(run: Run) -> None:
             raise ValueError(f"{name} is {getattr(run, name)!r}; choose one of {', '.join(map(str, known))}")
     for name in ("images", "epochs", "minutes", "batch_size", "lr", "clip"):
         value = getattr(run, name)
-        if value is not None and not value > 0: raise ValueError(f"{name} is {value}; it must be above 0")
-    for name in ("encoder_lr", "aux_weight"):
-        if not getattr(run, name) >= 0: raise ValueError(f"{name} is {getattr(run, name)}; it is a share: 0 or more")
+        if value is not None and not 0 < value < math.inf: raise ValueError(f"{name} is {value}; it must be a number above 0")
+    for name, what in (("encoder_lr", "it is a share: "), ("aux_weight", "it is a share: "), ("weight_decay", "expected ")):
+        if not getattr(run, name) >= 0: raise ValueError(f"{name} is {getattr(run, name)}; {what}0 or more")
     for name in ("size", "eval_size"):
         if (size := getattr(run, name)) is None: continue
         object.__setattr__(run, name, tuple(size))
@@ -150,7 +151,9 @@ class Grey(Dataset):
 # %% ../nbs/95_runs.ipynb #3e3c8b0e
 def score_set(run: Run, root: str | Path | None = None, split: str | None = None) -> Dataset:
     "What a run is scored on: its held-out files, a split of its data set, or scenes never trained on"
-    if run.data == "scenes": data = scenes(run, run.images or 200, VALID_SEED)
+    if run.data == "scenes":
+        if split not in (None, "val"): raise ValueError(f"scenes have no split {split!r}: they are drawn, and those that score were never trained on")
+        data = scenes(run, run.images or 200, VALID_SEED)
     elif run.hold_out and split is None: data = _by_name(_load(run, root, run.split), run.hold_out, True)
     else: data = _first(_load(run, root, split or run.valid), run.images)
     return Grey(data) if run.in_channels == 1 else data
@@ -162,6 +165,7 @@ def training_set(run: Run, root: str | Path | None = None) -> Dataset:
     return _first(_by_name(data, run.hold_out, False) if run.hold_out else data, run.images)
 
 def _load(run: Run, root, split: str) -> Dataset:
+    layout_of(run.data)  # a wrong name is said before a missing folder
     if root is None:
         raise ValueError(f"--data {run.data} needs --root DIR, the folder that holds it (`synseg data info {run.data}` "
                          "says what belongs there)")
@@ -217,8 +221,6 @@ def take_over(model: nn.Module, path: str | Path) -> list[str]:
     model.load_state_dict(shared, strict=False)
     return [k for k in own if k not in shared]
 
-
-
 # %% ../nbs/95_runs.ipynb #bfa997b6
 FORMAT = 2  # of run.json; before there was a number, only SGD had momentum, and what RMSprop wrote of it had no effect
 
@@ -242,8 +244,6 @@ def build(run: Run, train: Dataset, valid: Dataset | None, out: str | Path | Non
     return Learner(model, data, valid, loss() if loss else None, optimizer, create_schedule(run.schedule, **run.schedule_options),
                    batch_size=per_process(run.batch_size), sync_norms=run.sync_norms, seed=run.seed, out=out, ema=run.ema,
                    precision=run.precision, clip=run.clip, aux_weight=run.aux_weight, class_weights=_weights(run.class_weights, train), eval_size=run.eval_size or run.size, **learner)
-
-
 
 # %% ../nbs/95_runs.ipynb #ceb4245d
 def train(run: Run, out: str | Path, root: str | Path | None = None, resume: bool = False, **learner) -> Learner:

@@ -101,10 +101,11 @@ def create_model(name: str,  # one of list_models()
     if unknown:
         known = ", ".join(f"{k}={v!r}" for k, v in model_options(name).items()) or "none"
         raise ValueError(f"{name} has no option {unknown[0]!r}; its options and their defaults: {known}")
-    if encoder == (entry.encoders or (None,))[0] and "encoder" not in inspect.signature(entry.build).parameters:
-        model = entry.build(num_classes, in_channels, **options)  # the only choice is built in
-    else:
-        model = entry.build(num_classes, in_channels, **given)
+    inside = encoder == (entry.encoders or (None,))[0] and "encoder" not in inspect.signature(entry.build).parameters  # the only choice is built in
+    try: model = entry.build(num_classes, in_channels, **(options if inside else given))
+    except TypeError as error:
+        if not given: raise
+        raise ValueError(f"{name} cannot be built with {', '.join(f'{k}={v!r}' for k, v in given.items())}: {error}") from error
     given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}  # as JSON gives them back
     model.card = ModelCard(name, num_classes, in_channels, given)
     if encoder_weights is not None and weights is None:
@@ -232,6 +233,7 @@ def _damage(path: Path, error: Exception) -> str:
     if start[:4] in (b"PK\x03\x04", b"\x80\x02}q", b"\x80\x02\x8a\n"):
         return (f"{path} is a pickle of PyTorch, which can run code when read; checkpoints are .safetensors. Load its weights "
                 "yourself with torch.load(path, weights_only=True) and model.load_state_dict, then save_model")
+    if path.suffix != ".safetensors": return f"{path} is no .safetensors file: expected one that synseg train or save_model wrote"
     return f"{path} is cut short or damaged ({size} bytes; {error}): copy it again, or use an older checkpoint"
 
 def load_model(path: str | Path) -> Segmenter:

@@ -21,7 +21,7 @@ FLOOR = dict(
     train=9, inference=9, crf_fit=9, compress=9,
     stream=10, deploy=10, realtime=9.5,
     optimizers=6,
-    runs=10, doctor=10, notebooks=10, console=10, benchmark=10.5,
+    runs=10, doctor=10, notebooks=10, console=10.2, benchmark=10.5,
     speed=10.2, scaling=10.2, shards=5, wiring=4.5, diagram=5, microscope=5, labelme=4,
     authors=11, plans=11, browse=11, parity=11, oracles=12, papers=12, pairs=11, page=11.5, translate=11.5, downstream=12, duels=12, recipes=13, experiments=14, leaderboard=14,
     cli=15,
