@@ -141,7 +141,7 @@ def data_import_labelme(folder: Annotated[Path, typer.Argument(help="pictures an
     listed = lambda text: [name.strip() for name in text.split(",") if name.strip()]
     found = import_labelme(folder, out, listed(classes) if classes else None, None if rest == "void" else rest, listed(ignore), val, seed)
     for name, share in found["shares"].items(): typer.echo(f"  {name:<16} {100 * share:6.2f} %")
-    if found["nothing"]: typer.echo(f"{len(found['nothing'])} outlines cover no pixel of their picture, such as {found['nothing'][0]}", err=True)
+    if found["nothing"]: typer.echo(f"outlines that cover no pixel of their picture: {len(found['nothing'])}, such as {found['nothing'][0]}", err=True)
     if found["unlabelled"]: typer.echo(f"{len(found['unlabelled'])} pictures without outlines are left out, such as {found['unlabelled'][0].name}")
     typer.echo(f"{len(found['train'])} pictures to learn from, {len(found['val'])} to be judged by, in {out}\n"
                f"Next: synseg data preview folder --root {out}\n      synseg train --data folder --root {out} --out runs/mine")

@@ -69,7 +69,7 @@ def train(
     sync_norms: Annotated[bool, typer.Option("--sync-norms", help="on several GPUs batch norms count over all images")] = False,
     ema: Annotated[float, typer.Option(help="decay of averaged weights; 0: none")] = 0.0,
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32")] = "auto", encoder: Optional[str] = None,
-    weights: Annotated[Optional[str], typer.Option(help="start from 'scenes' or a .safetensors file")] = None,
+    weights: Annotated[Optional[str], typer.Option(help="start from 'scenes', a run's folder or a .safetensors file")] = None,
     encoder_weights: Annotated[Optional[str], typer.Option(help="'imagenet' or a file")] = None,
     option: Annotated[Optional[list[str]], typer.Option(help="of the model, as width=32; may be repeated")] = None,
     workers: Annotated[Optional[int], typer.Option(help="processes that load data")] = None, tensorboard: bool = False,
@@ -107,7 +107,7 @@ def _same_settings(asked, out: Path):
     other = [k for k, v in asdict(asked).items() if v != usual[k] and v != begun[k]]
     if other:
         raise ValueError(f"{out} was begun with {', '.join(f'{k}={begun[k]!r}' for k in other)}, and --resume goes on with a run as it was begun. Leave out "
-                         f"{', '.join('--' + k.replace('_', '-') for k in other)}; or train anew from its weights: --weights {out}/model.safetensors --out FOLDER")
+                         f"{', '.join('--' + k.replace('_', '-') for k in other)}; or train anew from its weights: --weights {out} --out FOLDER")
 
 def _summary(rows: list[dict]) -> str:
     "What a run saw, how long it took, how well it did at best"

@@ -64,6 +64,7 @@ def checkpoint(run: str) -> Path:
         from synseg.zoo import list_models, shipped_weights
         shipped = {"scenes": shipped_weights()["unet_small"], **shipped_weights()}
         if run in shipped: return shipped[run]
+        del shipped["unet_small"]  # which is scenes
         if run in list_models():
             raise FileNotFoundError(f"there is no run {run}, and no weights of that network ship with this version, only of {', '.join(shipped)}: "
                                     f"train it with synseg train --model {run}, then name its --out folder")

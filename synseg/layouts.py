@@ -238,7 +238,7 @@ def find_samples(name: str, root: str | Path, split: str) -> tuple[list[Sample],
     "The pairs of a data set's split and its label space; ValueError or FileNotFoundError that says what to do"
     layout, root = layout_of(name), Path(root).expanduser()
     if split not in layout.splits: raise ValueError(f"{name} has no split {split!r}; it has {', '.join(layout.splits)}")
-    fetch = f" (synseg data download {name} --root {root})" if layout.archives else ""
+    fetch = f"; in the shell: synseg data download {name} --root {root}" if layout.archives else ""
     help_text = f"\n  expected: {layout.files}\n  to get it: {layout.source}{fetch}"
     if not root.is_dir(): raise FileNotFoundError(f"{name}: the folder {root} does not exist.{help_text}")
     try: samples, space = layout.find(root, split)

@@ -90,7 +90,7 @@ def create_model(name: str,  # one of list_models()
                  in_channels: int = 3,
                  encoder: str | None = None,  # where the paper allows a choice
                  encoder_weights: str | Path | None = None,  # None, "imagenet", or a .safetensors or .pth file
-                 weights: str | Path | None = None,  # None, "scenes", or a .safetensors file of the whole network
+                 weights: str | Path | None = None,  # None, "scenes", a run's folder, or a .safetensors file of the whole network
                  **options,  # see model_options(name)
                 ) -> Segmenter:
     "Build a network; ValueError names what is wrong and lists what is valid, FileNotFoundError says where a file belongs"
@@ -130,8 +130,8 @@ def _encoder_state(model: Segmenter, source: str | Path) -> tuple[Mapping[str, T
         if path.suffix == ".safetensors": return load_file(path), str(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as weights ({path.stat().st_size} bytes): it is cut short, damaged, or holds "
-                         f"more than tensors, which is refused because unpickling runs code. {error}") from error
+        raise ValueError(f"{path} cannot be read as weights ({path.stat().st_size} bytes, {type(error).__name__}): it is cut short, damaged, or "
+                         "holds more than tensors, which is refused because unpickling runs code") from error
     if not isinstance(state, Mapping): raise ValueError(f"{path} holds a {type(state).__name__}; expected a state dict of tensors")
     return state.get("state_dict", state), str(path)
 
@@ -178,8 +178,9 @@ def _weights_path(name: str, weights: str | Path) -> Path:
         if name in (have := shipped_weights()): return have[name]
         raise FileNotFoundError(f"no weights for {name} on scenes ship with this version"
                                 f" (there are some for: {', '.join(have) or 'no model yet'}): use weights=None, or a path")
+    if (best := Path(weights) / "model.safetensors").is_file(): return best  # of a run
     if Path(weights).suffix or Path(weights).exists(): return Path(weights)
-    raise ValueError(f"weights is {str(weights)!r}; pass None, 'scenes', or the path of a .safetensors file")
+    raise ValueError(f"weights is {str(weights)!r}; pass None, 'scenes', a run's folder, or the path of a .safetensors file")
 
 # %% ../nbs/15_zoo.ipynb #4c42772c
 def save_model(model: nn.Module, path: str | Path, label_space: LabelSpace | None = None,
