@@ -404,3 +404,91 @@ def test_export(tmp_path):
     assert "choose one of onnx, torch" in refused("export", "scenes", "--out", tmp_path / "net.tflite", "--format", "tflite")
     assert "must end in .onnx" in refused("export", "scenes", "--out", tmp_path / "net.bin")
     assert "no run nowhere" in refused("export", "nowhere", "--out", tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("out", ["taken", "taken/below", "taken/a.onnx/below"])
+def test_an_out_that_is_a_file_is_named_before_any_work(photo, tmp_path, monkeypatch, out):
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr("synseg.inference.predict", lambda *a, **k: pytest.fail("the network was run"))
+    monkeypatch.setattr("synseg.deploy.export", lambda *a, **k: pytest.fail("the network was traced"))
+    monkeypatch.setattr("synseg.benchmark.run", lambda *a, **k: pytest.fail("something was timed"))
+    for words in (["predict", photo, "--out"], ["benchmark", "metrics", "--record"], ["notebooks"], ["train", "--images", 4, *FAST, "--out"],
+                  ["recipe", "run", "unet_losses", "--profile", "cpu", "--record"]):
+        assert "taken is a file, and a folder is needed there" in refused(*words, tmp_path / out)
+    assert "taken is a file" in refused("export", "scenes", "--out", tmp_path / "taken" / "net.onnx")
+    assert "is a folder, and a file" in refused("data", "preview", "scenes", "--n", 1, "--out", tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"taken", "photo.jpg"}
+
+
+def test_one_bad_photograph_costs_one_photograph(photo, tmp_path):
+    (tmp_path / "album").mkdir()
+    for name in ("a.jpg", "c.jpg"): (tmp_path / "album" / name).write_bytes(photo.read_bytes())
+    (tmp_path / "album" / "b.jpg").write_text("no picture")
+    for words, wanted in ((sorted((tmp_path / "album").iterdir()), {"a", "c"}), ([tmp_path / "album"], {"a", "c"})):
+        out = tmp_path / f"out{len(words)}"
+        code, stdout, err = synseg("predict", *words, "--out", out)
+        assert code == 2 and "b.jpg cannot be read" in err and f"pictures are in {out}" in stdout
+        assert {p.name[:-10] for p in out.glob("*_index.png")} == wanted
+
+
+def test_photographs_of_one_name_are_all_kept(photo, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "photo.jpg").write_bytes(photo.read_bytes())
+    code, out, _ = synseg("predict", tmp_path / "a/photo.jpg", tmp_path / "b/photo.jpg", tmp_path / "a/photo.jpg", "--out", tmp_path / "out")
+    assert code == 0 and "b/photo.jpg as photo-2" in out
+    assert {p.name for p in (tmp_path / "out").glob("*_index.png")} == {"photo_index.png", "photo-2_index.png"}
+    assert synseg("predict", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "two")[0] == 0 and len(list((tmp_path / "two").iterdir())) == 6
+
+
+def test_names_that_are_nearly_right(photo, tmp_path):
+    assert "did you mean photo.jpg?" in refused("predict", photo.with_name("phto.jpg"), "--out", tmp_path / "out")
+    assert "did you mean scenes?" in refused("predict", "scene", photo, "--out", tmp_path / "out")
+    assert "train it with synseg train --model enet" in refused("predict", "enet", photo, "--out", tmp_path / "out")
+    assert "no image file" in refused("predict", photo, photo.with_name("gone.jpg"), "--out", tmp_path / "out")  # before the first is worked on
+    assert not (tmp_path / "out").exists()
+    assert "did you mean 'unet_small'" in refused("models", "UNET_Small")
+    assert "did you mean 'camvid'" in refused("train", "--data", "camvidd", "--out", tmp_path / "out")
+    assert "did you mean 'scenes'" in refused("train", "--data", "Scenes", "--out", tmp_path / "out")
+
+
+def test_what_is_neither_a_run_nor_a_photograph(photo, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "neither photographs" in refused("predict", tmp_path / "empty")
+    assert "is an address" in refused("predict", "https://example.org/a.jpg")
+    (tmp_path / "phone.heic").write_bytes(bytes(99))
+    assert "a JPEG, PNG or TIFF" in refused("predict", tmp_path / "phone.heic", "--out", tmp_path)
+    assert "or full" in refused("predict", photo, "--size", "large") and "size is 0" in refused("predict", photo, "--size", "0")
+    for name in ("net.onnx", "photo.jpg"):
+        (tmp_path / name).write_bytes(bytes(99))
+        assert "no .safetensors file" in refused("evaluate", tmp_path / name, "--data", "scenes")
+
+
+def test_resume_obeys_the_run_and_says_so(run, tmp_path):
+    sentence = refused("train", "--out", run, "--resume", "--epochs", 7, "--lr", 0.5, "--size", "64x64")
+    assert "begun with epochs=1, lr=0.003" in sentence and "Leave out --epochs, --lr;" in sentence
+    assert synseg("train", "--out", run, "--resume", "--epochs", 1)[0] == 0
+    assert synseg("train", "--images", 4, *FAST, "--weights", run, "--out", tmp_path / "more")[0] == 0
+
+
+@pytest.mark.parametrize("words,part", [(["--weight-decay", "-1"], "weight_decay is -1.0"), (["--lr", "inf"], "above 0"), (["--option", "width=many"], "width='many'")])
+def test_numbers_that_are_none(tmp_path, words, part):
+    assert part in refused("train", "--images", 4, *FAST, *words, "--out", tmp_path / "run") and not (tmp_path / "run").exists()
+
+
+def test_memory_that_is_not_there(photo, tmp_path, monkeypatch):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 180000000000 bytes"),
+                  RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 180000000000 bytes")):
+        def full(*args, error=error, **kwargs): raise error
+        monkeypatch.setattr("synseg.inference.predict", full)
+        assert "memory is full" in refused("predict", photo, "--out", tmp_path / "out")
+
+
+def test_scenes_have_no_test_split(run):
+    assert "no split 'test'" in refused("evaluate", run, "--split", "test", "--images", 2)
+
+
+def test_the_next_step_is_named(tmp_path):
+    assert synseg("doctor")[1].splitlines()[-1].startswith("Next: synseg predict PHOTO")
+    assert f"Next: jupyter lab {tmp_path / 'nbs/00_core.ipynb'}" == synseg("notebooks", tmp_path)[1].splitlines()[-1]
+    assert "must end in .onnx or .pt2" in refused("export", "scenes", "--out", tmp_path / "net.tflite")

@@ -166,3 +166,11 @@ def test_fetch_tries_mirrors_and_checks_the_hash(tmp_path, server):
     with pytest.raises(FileNotFoundError, match=f"put it at .*data.tar .SHA-256 {digest}") as error:
         fetch(archive, tmp_path / "other", progress=False)
     assert "404" in str(error.value) and not list((tmp_path / "other").glob("data.tar"))
+
+
+def test_a_whole_file_of_the_wrong_kind_is_not_called_damaged(tmp_path):
+    save(RGB, tmp_path / "label.jpg")
+    save(RGB[..., 0].astype(np.float32), tmp_path / "deep.tiff")
+    for read, name, words in ((read_label, "label.jpg", "saved as JPEG"), (read_image, "deep.tiff", "floating-point")):
+        with pytest.raises(ValueError, match=f"{name} cannot be used: .*{words}") as error: read(tmp_path / name)
+        assert "damaged" not in str(error.value)

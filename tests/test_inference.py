@@ -236,3 +236,8 @@ def test_networks_that_say_stride_1_and_pool_have_no_seams_either(name, options)
     torch.manual_seed(0)
     model, x = create_model(name, 3, **options).eval(), torch.rand(3, 70, 411)
     torch.testing.assert_close(predict_probabilities(model, x, tile=150, halo=250), predict_probabilities(model, x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape,size,want", [((3, 5000), 96, (3, 5000)), ((40, 800), 96, (96, 1920)), ((40, 3000), 96, (55, 4096)), ((300, 9000), 120, (120, 3600))])
+def test_a_strip_is_not_enlarged_without_end(shape, size, want):
+    assert _resized(torch.rand(3, *shape), size).shape[-2:] == want

@@ -225,3 +225,18 @@ def test_at_the_command_line(tmp_path):
     assert run.exit_code == 2 and "labelled 'person'" in run.stderr
     run = CliRunner().invoke(app, ["data", "import-labelme", str(tmp_path / "in"), str(tmp_path / "out3"), "--classes", "car", "--rest", "void", "--ignore", "person"])
     assert run.exit_code == 2 and "only one class" in run.stderr
+
+
+def test_an_outline_beside_the_picture_is_reported(tmp_path):
+    write(tmp_path / "in", "a", [CAR, CAR | dict(points=[[40, 40], [60, 40], [60, 60]])])
+    write(tmp_path / "in", "b")
+    found = import_labelme(tmp_path / "in", tmp_path / "out")
+    assert found["nothing"] == [f"{tmp_path / 'in' / 'a.json'}: shape 2 (car)"]
+
+
+def test_where_a_set_cannot_be_put(tmp_path):
+    for name in ("a", "b"): write(tmp_path / "in", name)
+    (tmp_path / "file").touch()
+    for out, words in ((tmp_path / "in" / "set", "lies in"), (tmp_path / "file", "is a file")):
+        with pytest.raises(ValueError, match=words): import_labelme(tmp_path / "in", out)
+    assert not (tmp_path / "in" / "set").exists()

@@ -239,3 +239,31 @@ def test_empty_folders_lists_and_missing_members(tmp_path):
     text(tmp_path / "train.txt", ["train/a.png trainannot/a.png"])
     with pytest.raises(FileNotFoundError, match="2 of 2 files .* missing, the first is .*train/a.png"):
         load_dataset("camvid", tmp_path, "train")
+
+
+def test_a_folder_knows_the_classes_of_all_its_splits(tmp_path):
+    folder(tmp_path / "train", 2, (0, 1, 2))
+    folder(tmp_path / "val", 2, (0, 1, 7))
+    spaces = [load_dataset("folder", tmp_path, split).label_space for split in ("train", "val")]
+    assert spaces[0] == spaces[1] and spaces[0].num_classes == 8
+
+
+def test_black_and_white_masks_are_not_taken_for_void(tmp_path):
+    folder(tmp_path, 2, (0, 255))
+    with pytest.raises(ValueError, match="no class but 0, and 255 means void.*label_space.json") as error: load_dataset("folder", tmp_path, "all")
+    (tmp_path / "label_space.json").write_text(str(error.value).split("says so: ")[1])
+    data = load_dataset("folder", tmp_path, "all")
+    assert data.label_space.names == ("background", "object") and set(data[0][1].unique().tolist()) == {0, 1}
+
+
+def test_what_lies_beside_pictures_is_no_picture(tmp_path):
+    folder(tmp_path, 2)
+    for name in ("images/Thumbs.db", "images/notes.txt", "masks/desktop.ini"): (tmp_path / name).write_text("x")
+    assert load_dataset("folder", tmp_path, "all").names == ["p0", "p1"]
+
+
+def test_a_missing_split_names_those_that_are_there(tmp_path):
+    folder(tmp_path / "train")
+    folder(tmp_path / "valid")
+    with pytest.raises(FileNotFoundError, match="val/images is missing; there is one in train, valid"): load_dataset("folder", tmp_path, "val")
+    with pytest.raises(FileNotFoundError, match="synseg data download voc2012"): load_dataset("voc2012", tmp_path, "val")

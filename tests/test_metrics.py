@@ -182,3 +182,14 @@ def test_a_published_network_gets_its_published_score(data_root):
               matrix.mean_iou(charge_void=True))
     assert [f"{100 * s:.3f}" for s in scores] == ["69.995", "79.632", "92.634", "88.337", "68.562"]
     np.testing.assert_allclose(100 * matrix.iou(), list(want["val"]["iou_void_ignored"].values()), atol=5e-4)
+
+
+@pytest.mark.parametrize("classes", [3, 300])
+def test_nan_among_logits_is_refused_and_nothing_is_counted(classes):
+    logits, target = torch.randn(2, classes, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64)
+    logits[1, 2, 3, 4] = torch.nan
+    matrix = ConfusionMatrix(classes, -1)
+    with pytest.raises(ValueError, match="score is NaN"): matrix.update(logits, target)
+    assert matrix.counts.sum() == 0 and matrix.image_scores == []
+    logits[1, 2, 3, 4] = -torch.inf
+    assert matrix.update(logits, target).counts.sum() == 40

@@ -211,3 +211,16 @@ def test_learns_one_batch_by_heart():
         opt.zero_grad(), loss.backward(), opt.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]/4
+
+
+def test_a_large_buffer_takes_no_room_before_it_is_filled():
+    small, large = HistoryBuffer(10**4), HistoryBuffer(10**12)
+    for _ in range(20):
+        batch, state = torch.rand(6, 1, 2, 3), torch.get_rng_state()
+        shown = large.exchange(batch)
+        torch.set_rng_state(state)
+        assert torch.equal(shown, small.exchange(batch))
+    assert large.count == small.count == 60 <= len(large.images) <= 200
+    fresh = HistoryBuffer(10**12)
+    fresh.load_state_dict(large.state_dict())
+    assert torch.equal(fresh.images, large.images[:60]) and fresh.exchange(torch.rand(6, 1, 2, 3)).shape == (6, 1, 2, 3)

@@ -267,3 +267,19 @@ def test_the_papers_size_takes_a_step(name):
             if p.grad is not None: p -= 1e-3 * p.grad
         again = torch.nn.functional.cross_entropy(model(x), y)
     assert again.isfinite() and again != loss  # lower it need not be: some norms see two values, and small steps are not small to them
+
+
+def test_an_option_of_the_wrong_kind_is_named():
+    with pytest.raises(ValueError, match="unet_small cannot be built with width='many'"): create_model("unet_small", 3, width="many")
+
+
+def test_weights_of_a_run_by_its_folder(tmp_path):
+    model = create_model("unet_small", 3, width=4)
+    save_model(model, tmp_path / "model.safetensors")
+    assert_close(create_model("unet_small", 3, width=4, weights=tmp_path).state_dict(), model.state_dict())
+
+
+def test_what_is_no_weights_does_not_advise_to_unpickle(tmp_path):
+    (tmp_path / "photo.pth").write_bytes(b"\xff\xd8" + bytes(99))
+    with pytest.raises(ValueError, match="cannot be read as weights") as error: create_model("unet", 3, encoder="mobilenet_v2", encoder_weights=tmp_path / "photo.pth")
+    assert "weights_only" not in str(error.value)
