@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .core import fast_bf16
+from .core import VOID, fast_bf16
 from .labels import LabelSpace, check_labels
 from .metrics import ConfusionMatrix
 
@@ -87,7 +87,8 @@ def confusion(model: nn.Module, dataset: Dataset, size: tuple[int, int] | None =
             if matrix is None:
                 check_labels(labels, label_space_of(dataset) or logits.shape[1], source="the first images to evaluate on")
                 matrix = ConfusionMatrix(logits.shape[1])
-            matrix.update(logits.max(1).indices, labels.to(device))
+            top, found = logits.max(1)
+            matrix.update(found.masked_fill(top.isnan(), VOID), labels.to(device))  # where a score is NaN no class wins: a miss
     model.train(training)
     return matrix
 

@@ -88,3 +88,13 @@ def test_log_is_rewritten_on_resume(tmp_path):
 def test_contact_sheet_size():
     import numpy as np
     assert contact_sheet([[np.zeros((5, 7, 3), np.uint8)]*2]*3, gap=2).size == (16, 19)
+
+
+def test_scores_that_are_nan_are_misses_and_end_no_training():
+    class Lost(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((1,), torch.nan))
+        def forward(self, x): return torch.zeros(len(x), 11, *x.shape[-2:]) * self.weight
+    scores = evaluate(Lost(), Noise())
+    assert scores["mean_iou"] == scores["pixel_accuracy"] == 0
