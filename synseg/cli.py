@@ -7,6 +7,7 @@ __all__ = ['app', 'Root', 'Domain', 'Images', 'models', 'train', 'evaluate', 'pr
 
 # %% ../nbs/92_cli.ipynb #ba4041b8
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -194,21 +195,23 @@ def predict(
     for photo in photos:  # a mistyped name is said before the others are worked on
         if not photo.exists(): (frames_of if moving(photo) else as_image)(photo)
     writable(out)
-    halo, space, taken, left_out = halo_for(model) if tile else None, display_space(model), set(), []
+    space, taken, left_out = display_space(model), set(), []
+    answer = partial(segment, model, tile=tile, tta=tta, crf=refine, size=seen, halo=halo_for(model) if tile else None)
     for photo in dict.fromkeys(photos):
-        if moving(photo):
-            write_frames(out, model, photo, seen, batch, alpha, space, taken, left_out)
-            continue
-        try: image = as_image(photo)
-        except (ValueError, OSError) as error:
-            left_out.append(str(error))
-            continue
-        labels = segment(model, image, tile, tta, refine, size=seen, halo=halo)
-        write_pictures(out, name := fresh(photo.stem, taken), image, labels, space)
-        found = sorted(((float((labels == k).double().mean()), n) for k, n in enumerate(space.names)), reverse=True)
-        typer.echo(f"{photo}{'' if name == photo.stem else f' as {name}'}: " + ", ".join(f"{n} {100 * share:.0f} %" for share, n in found[:5] if share >= 0.005))
+        if moving(photo): write_frames(out, model, photo, seen, batch, alpha, space, taken, left_out)
+        else: _one_photo(out, answer, photo, space, taken, left_out)
     if taken: typer.echo(f"pictures are in {out}: NAME_overlay.png is the one to look at")
     if left_out: raise ValueError("; ".join(left_out))
+
+# %% ../nbs/92_cli.ipynb #a7816a67
+def _one_photo(out: Path, answer, photo: Path, space, taken: set[str], left_out: list[str]):
+    "Segment, write, print the shares of the commonest classes; a picture that cannot be read is `left_out`"
+    from synseg.inference import as_image
+    try: image = as_image(photo)
+    except (ValueError, OSError) as error: return left_out.append(str(error))
+    write_pictures(out, name := fresh(photo.stem, taken), image, labels := answer(image), space)
+    found = sorted(((float((labels == k).double().mean()), n) for k, n in enumerate(space.names)), reverse=True)
+    typer.echo(f"{photo}{'' if name == photo.stem else f' as {name}'}: " + ", ".join(f"{n} {100 * share:.0f} %" for share, n in found[:5] if share >= 0.005))
 
 # %% ../nbs/92_cli.ipynb #fc7df951
 @app.command()
