@@ -87,11 +87,10 @@ def train(
     """
     from synseg import runs
     from synseg.runstate import leave_processes
-    settings = runs.Run(
-        model=model, data=data, domain=domain, images=images, size=parse_size(size), epochs=epochs, minutes=minutes, loss=loss,
+    settings = runs.Run(model=model, data=data, domain=domain, images=images, size=parse_size(size), epochs=epochs, minutes=minutes, loss=loss,
         batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, ema=ema, precision=precision, weights=weights,
-        encoder=encoder, encoder_weights=encoder_weights, optimizer=optimizer, schedule=schedule,
-        encoder_lr=encoder_lr, freeze_norms=freeze_norms, sync_norms=sync_norms, options=parse_options(option))
+        encoder=encoder, encoder_weights=encoder_weights, optimizer=optimizer, schedule=schedule, encoder_lr=encoder_lr,
+        freeze_norms=freeze_norms, sync_norms=sync_norms, options=parse_options(option))
     if resume: _same_settings(settings, out)
     try: learner = runs.train(settings, out, root, resume, workers=workers, tensorboard=tensorboard)
     except KeyboardInterrupt as stop:
