@@ -130,9 +130,8 @@ def leaderboard(folder: str | Path | None = None) -> Sheet:
     def row(e: Entry):
         held = percent(e.held_out) or "not run"
         if not e.profile: return (e.label, "not run", held, "not run", e.parameters, *["not run"] * 5, "")
-        val = f"{percent(e.mean_iou)} / {percent(e.last) or '–'}"
+        val, machine = f"{percent(e.mean_iou)} / {percent(e.last) or '–'}", e.machine.replace(" ", "\N{NO-BREAK SPACE}")  # rows of one line
         return (e.label, val, held, percent(e.pixel_accuracy), e.parameters, e.images, e.minutes, f"{e.size[0]}x{e.size[1]}",
-                e.start, e.profile, e.machine)
-    whole = lambda v: v.replace(" ", "\N{NO-BREAK SPACE}") if isinstance(v, str) else v  # each row one line
+                e.start, e.profile, machine)
     return Sheet(["network", "val mIoU best / last", "held-out mIoU", "val pixels", "parameters", "pictures seen", "minutes", "trained at",
-                  "from", "profile", "machine"], (tuple(map(whole, row(e))) for e in entries(folder)))
+                  "from", "profile", "machine"], map(row, entries(folder)))
