@@ -128,9 +128,10 @@ def leaderboard(folder: str | Path | None = None) -> Sheet:
     "The table of all recipes on CamVid; scores in per cent"
     percent = lambda v: None if v is None else f"{100 * v:.1f}"
     def row(e: Entry):
-        if not e.profile: return (e.label, e.parameters, *["not run"] * 6, percent(e.held_out) or "not run", "not run", "")
-        val, held = f"{percent(e.mean_iou)} / {percent(e.last) or '–'}", percent(e.held_out) or "not run"
-        return (e.label, e.parameters, e.profile, e.start, f"{e.size[0]}x{e.size[1]}", e.images, e.minutes,
-                val, held, percent(e.pixel_accuracy), e.machine)
-    return Sheet(["network", "parameters", "profile", "from", "trained at", "pictures seen", "minutes", "val mIoU best / last",
-                  "held-out mIoU", "val pixels", "machine"], map(row, entries(folder)))
+        held = percent(e.held_out) or "not run"
+        if not e.profile: return (e.label, "not run", held, "not run", e.parameters, *["not run"] * 5, "")
+        val, machine = f"{percent(e.mean_iou)} / {percent(e.last) or '–'}", e.machine.replace(" ", "\N{NO-BREAK SPACE}")  # rows of one line
+        return (e.label, val, held, percent(e.pixel_accuracy), e.parameters, e.images, e.minutes, f"{e.size[0]}x{e.size[1]}",
+                e.start, e.profile, machine)
+    return Sheet(["network", "val mIoU best / last", "held-out mIoU", "val pixels", "parameters", "pictures seen", "minutes", "trained at",
+                  "from", "profile", "machine"], map(row, entries(folder)))

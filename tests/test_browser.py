@@ -1,4 +1,5 @@
 "A few pages in headless Chromium, where there is one: `make browser` does all, in minutes. And what needs no browser"
+import re
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def test_plain_pages_obey_directives(pages):
     assert "KMeansSegmenter" not in home, "hidden cells stay hidden"
     assert ".ipynb\"" not in home.replace("course/nbs", "") and 'href="unet.html"' in home
     assert "#| " not in clock and "default_exp" not in clock
+    assert "<summary>Imports</summary>" in clock and "import importlib" not in re.sub("<[^>]+>", "", clock), "imports are folded, those of the module left out"
     assert 'rel="prev"' in clock and 'rel="next"' in clock
     assert "No description has been provided" not in home + clock
 

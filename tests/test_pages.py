@@ -53,4 +53,6 @@ def test_every_page_is_prepared(tmp_path):
         assert invited == ([1] if page.stem[:2].isdigit() else []), f"{page.name}: how to run it stands below the title, once"
     grid = text(cells(tmp_path / "_proc" / "44_gridnet.ipynb")[1])
     assert "jupyter lab course/nbs/44_gridnet.ipynb" in grid and "/blob/main/nbs/44_gridnet.ipynb" in grid
-    assert "[13 Segmenter](13_segmenter.ipynb)" in grid and re.search(r"\d+ s on two|not recorded", grid)
+    assert "[13 Segmenter](13_segmenter.ipynb)" in grid and re.search(r"\*\*Run this chapter\*\*( \(\d+ s on two processor cores\))?\n", grid)
+    folded = next(text(c) for c in cells(tmp_path / "_proc" / "44_gridnet.ipynb", "code") if text(c).strip())
+    assert folded.startswith("#| code-fold: true\n#| code-summary: \"Imports\"\n") and "import" in folded, "no page opens with a screen of imports"

@@ -22,7 +22,7 @@ from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import Processor
 from nbdev.quarto import nbdev_docs
 from nbdev.showdoc import BasicMarkdownRenderer
-from run_it import invitation
+from run_it import imports_alone, invitation
 from status import badge, read_status
 
 CHAPTERS = {name for section in yaml.safe_load(Path("_quarto.yml").read_text())["website"]["sidebar"]["contents"]
@@ -109,6 +109,12 @@ def as_page(cell):
             out["data"]["text/markdown"] = ["```{=html}\n", *html, "\n```\n"]
 
 
+def fold_imports(cell):
+    "A page opens with its question, not with a screen of imports"
+    if cell.cell_type == "code" and not cell.get("outputs") and imports_alone(cell.source):
+        cell.source = f'#| code-fold: true\n#| code-summary: "Imports"\n{cell.source}'
+
+
 class Names(NbdevLookup):
     "Names that have an entry on this site. A plain word, such as `train`, may be anything and is left alone"
 
@@ -123,7 +129,7 @@ class Names(NbdevLookup):
 class Pages(p.FilterDefaults):
     def base_procs(self):
         ours = {FrontmatterProc: Numbered, p.exec_show_docs: from_module, p.mv_exports: arrange}
-        return [*(ours.get(proc, proc) for proc in super().base_procs()), as_page, invite]
+        return [*(ours.get(proc, proc) for proc in super().base_procs()), as_page, fold_imports, invite]
 
 
 if __name__ == "__main__":

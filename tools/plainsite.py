@@ -19,7 +19,7 @@ from nbconvert.preprocessors import Preprocessor
 from pygments.formatters import HtmlFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run_it import invitation  # noqa: E402
+from run_it import imports_alone, invitation  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -37,7 +37,7 @@ class Prepare(Preprocessor):
     "Directives obeyed and removed, links turned to pages, alt text where nbconvert looks for it"
 
     def preprocess(self, nb, resources):
-        nb.cells = [c for c in nb.cells if not re.search(r"^#\|\s*(hide|default_exp)\b", c.source, re.M)]
+        nb.cells = [c for c in nb.cells if not re.search(r"^#\|\s*(hide|default_exp|exporti?)\s*(\s|$)", c.source, re.M)]
         if text := invitation(resources["notebook"]):
             nb.cells.insert(1, nbformat.v4.new_markdown_cell(text))
         for cell in nb.cells:
@@ -52,6 +52,8 @@ class Prepare(Preprocessor):
 
     def code(self, cell):
         said = dict(DIRECTIVES.findall(cell.source))
+        if not cell.outputs and imports_alone(cell.source):
+            said |= {"code-fold": "true", "code-summary": "Imports"}
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
         cell.metadata.synseg = dict(hidden=said.get("echo") == "false" or not cell.source, fold="code-fold" in said,
                                     summary=said.get("code-summary", "Code").strip("\"'"))
