@@ -39,13 +39,13 @@ from .zoo import create_model
 # %% ../nbs/17_speed.ipynb #c373add2
 BATCH, CLASSES, TRAIN_SIZE, INFER_SIZE, SCENE_SIZE = 8, 11, (128, 160), (384, 480), (96, 128)  # their networks want multiples of 32
 
-def matmul_peak(n: int = 1024, precision: str = "fp32", device: str | torch.device = "cpu", repeats: int = 5) -> float:
+def matmul_peak(n: int = 1024, precision: str = "fp32", device: str | torch.device = "cpu", repeats: int = 20) -> float:
     "Multiply-adds per second of a product of two n x n matrices, the best of `repeats`: what this machine can do at most"
     call = _product(n, precision, torch.device(device))
     call()
     return n**3 / min(_seconds(call, device) for _ in range(repeats))
 
-def copy_bandwidth(mebibytes: int = 64, device: str | torch.device = "cpu", repeats: int = 5) -> float:
+def copy_bandwidth(mebibytes: int = 64, device: str | torch.device = "cpu", repeats: int = 20) -> float:
     "Bytes read and written per second while a tensor is copied, the best of `repeats`"
     a = torch.zeros(mebibytes * 2**18, device=device)
     b = torch.empty_like(a).copy_(a)
