@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import synseg as package
 from synseg.cli import app
 from synseg.inference import as_image, predict, predict_probabilities
-from synseg.zoo import create_model, load_model, save_model
+from synseg.zoo import create_model, load_model, save_model, shipped_weights
 
 PROGRAM = [sys.executable, "-c", "from synseg.cli import main; main()"]
 FAST = ["--size", "64x64", "--epochs", "1", "--batch-size", "2"]
@@ -394,6 +394,12 @@ def test_folders_and_films_are_streamed(run, photo, tmp_path):
     assert "no folder" in refused("predict", run, tmp_path / "gone.gif", "--out", tmp_path)
     (tmp_path / "none").mkdir()
     assert "no photographs" in refused("predict", run, tmp_path / "none", "--out", tmp_path)
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export"])
+def test_the_help_names_what_ships(command):
+    out = synseg(command, "--help")[1]
+    assert all(name in out for name in ("scenes", *(n for n in shipped_weights() if n != "unet_small")))
 
 
 def test_export(tmp_path):
