@@ -56,3 +56,5 @@ def test_every_page_is_prepared(tmp_path):
     assert "[13 Segmenter](13_segmenter.ipynb)" in grid and re.search(r"\*\*Run this chapter\*\*( \(\d+ s on two processor cores\))?\n", grid)
     folded = next(text(c) for c in cells(tmp_path / "_proc" / "44_gridnet.ipynb", "code") if text(c).strip())
     assert folded.startswith("#| code-fold: true\n#| code-summary: \"Imports\"\n") and "import" in folded, "no page opens with a screen of imports"
+    played = (text(c) for c in cells(tmp_path / "_proc" / "35_microscope.ipynb", "code") if re.search(r"\bconst \w+=", text(c)))
+    assert all(source.startswith("#| code-fold: true\n") for source in played), "no page opens with two screens of JavaScript"

@@ -109,10 +109,11 @@ def as_page(cell):
             out["data"]["text/markdown"] = ["```{=html}\n", *html, "\n```\n"]
 
 
-def fold_imports(cell):
-    "A page opens with its question, not with a screen of imports"
-    if cell.cell_type == "code" and not cell.get("outputs") and imports_alone(cell.source):
-        cell.source = f'#| code-fold: true\n#| code-summary: "Imports"\n{cell.source}'
+def fold(cell):
+    "A page opens with its question, not with a screen of imports; and what a browser runs is there for whoever asks"
+    if cell.cell_type != "code" or cell.get("outputs"): return
+    summary = "Imports" if imports_alone(cell.source) else "In Python, and for the browser" if re.search(r"\bconst \w+=", cell.source) else None
+    if summary: cell.source = f'#| code-fold: true\n#| code-summary: "{summary}"\n{cell.source}'
 
 
 class Names(NbdevLookup):
@@ -129,7 +130,7 @@ class Names(NbdevLookup):
 class Pages(p.FilterDefaults):
     def base_procs(self):
         ours = {FrontmatterProc: Numbered, p.exec_show_docs: from_module, p.mv_exports: arrange}
-        return [*(ours.get(proc, proc) for proc in super().base_procs()), as_page, fold_imports, invite]
+        return [*(ours.get(proc, proc) for proc in super().base_procs()), as_page, fold, invite]
 
 
 if __name__ == "__main__":
