@@ -3,10 +3,13 @@
 Some things differ from plain nbdev_docs. Entries of the API are made from the installed module: no cell is run.
 The entries of a cell stand in its order, and its source below them. A command shows its help, not its signature.
 Names link within the site. Chapters carry their number, and say how to run them. README.md is left alone (tools/readme.py writes it)."""
+import ast
 import inspect
 import re
 import shutil
 import sys
+import textwrap
+from dataclasses import is_dataclass
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -36,20 +39,36 @@ def tidy(doc):
     return "\n\n".join([" ".join(first.split("\n")), *rest])
 
 
+def head(source):
+    "The lines of a definition up to its colon, comments among them"
+    lines, node = source.splitlines(), ast.parse(textwrap.dedent(source)).body[0]
+    margin = len(lines[0]) - len(lines[0].lstrip())
+    first = node.body[0]  # on the same line in `def f(x): return x`
+    return "\n".join([*lines[node.lineno - 1:first.lineno - 1], lines[first.lineno - 1][:first.col_offset + margin]]).rstrip()
+
+
+def header(sym):
+    "A function or class as its author wrote it: all types, all comments; of records the fields, of other classes `__init__`, also an inherited one"
+    source = inspect.getsource(sym)
+    node = ast.parse(source).body[0]
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)] if is_dataclass(sym) or hasattr(sym, "_fields") else []
+    if fields:
+        return "\n".join([head(source), *source.splitlines()[fields[0].lineno - 1:fields[-1].end_lineno]])
+    init = getattr(sym, "__init__", None)
+    ours = inspect.isclass(sym) and not is_dataclass(sym) and getattr(init, "__module__", "").startswith("synseg.")
+    return f"{head(source)}\n{head(inspect.getsource(init))}" if ours else head(source)
+
+
 def entry(sym):
     "Heading, signature and docstring of a function or a class"
     renderer = BasicMarkdownRenderer(sym)
     doc, renderer.docs = tidy(inspect.getdoc(sym) or "") if renderer.docs else "", ""  # nbdev would print its first line in italics
     text = re.sub(r"#LNone\b", f"#L{inspect.getsourcelines(sym)[1]}", renderer._repr_markdown_(), count=1)
-    head, fence, rest = text.rpartition("\n```")
-    head = re.sub(r"\b(?:collections\.abc|typing|pathlib|torch|torch\._C|torch\.nn\.modules\.module|synseg\.\w+)\.(?=[A-Z])", "", head)
-    if inspect.isclass(sym):
-        head = re.sub(r"\)(?:->None)?:$", ")", re.sub(r"^def ", "class ", head, flags=re.M))
-    text = head + fence + rest
     annotations = [x.annotation for x in renderer.sig.parameters.values()] if renderer.sig else []
     is_command = any(get_origin(a) is Annotated for a in annotations) or "\x08" in (sym.__doc__ or "")
-    if is_command:
-        text = re.sub(r"```python\n.*?\n```", "", text, count=1, flags=re.S)
+    signature = "" if is_command else f"```python\n{header(sym)}\n```"
+    text, found = re.subn(r"```python\n.*?\n```", lambda _: signature, text, count=1, flags=re.S)
+    assert found, f"nbdev wrote no signature of {sym.__name__}"
     return f"{text}\n\n{doc}"
 
 
