@@ -46,7 +46,7 @@ def test_every_page_is_prepared(tmp_path):
                 assert "### " in entry and "__main__" not in entry and "\x08" not in entry and "#LNone" not in entry, page.name
     labels = (tmp_path / "_proc" / "02_labels.ipynb").read_text(encoding="utf-8")
     assert re.search(r'title: .{0,2}2 .{1,6} Labels', labels), "chapters carry their number"
-    one, other, source = (labels.index(s) for s in ("### one_hot", "### from_one_hot", "def one_hot(labels"))
+    one, other, source = labels.index("### one_hot"), labels.index("### from_one_hot"), labels.rindex("def one_hot(labels")
     assert one < other < source, "entries in the order of their cell, then its source"
     for page in made:
         invited = [k for k, cell in enumerate(cells(page)) if "Run this chapter" in text(cell)]
@@ -58,3 +58,10 @@ def test_every_page_is_prepared(tmp_path):
     assert folded.startswith("#| code-fold: true\n#| code-summary: \"Imports\"\n") and "import" in folded, "no page opens with a screen of imports"
     played = (text(c) for c in cells(tmp_path / "_proc" / "35_microscope.ipynb", "code") if re.search(r"\bconst \w+=", text(c)))
     assert all(source.startswith("#| code-fold: true\n") for source in played), "no page opens with two screens of JavaScript"
+    entries = {page.stem: "\n".join("".join(o["data"]["text/markdown"]) for c in cells(page, "code") if "show_doc(" in text(c) for o in c["outputs"])
+               for page in made}
+    assert r"as an \<svg>" in entries["35_microscope"], "a tag in a docstring is text: raw, it swallowed the sentence"
+    assert r"f\*H, f\*W" in entries["31_upsample"] and "*longer* side" in entries["20_kmeans"], "products are no emphasis"
+    assert "class Block(NamedTuple):\n    kind: str\n" in entries["44_gridnet"], "the fields of a record"
+    assert "class GridNet(_Modules):\n    def __init__(self, num_classes: int" in entries["44_gridnet"], "an inherited __init__"
+    assert "-> frozenset[Block]:" in entries["44_gridnet"] and "# (K,) float32, 1 for the class" in entries["10_losses"], "types and comments whole"
