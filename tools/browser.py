@@ -200,7 +200,7 @@ def keyboard(browser):
     "Controls that the Tab key does not reach"
     count = browser.js(f"""(() => {{ document.activeElement?.blur(); window.scrollTo(0, 0); window.reached = new Set();
       const scrolls = e => e.scrollWidth > e.clientWidth + 1 && /auto|scroll/.test(getComputedStyle(e).overflowX);
-      window.wanted = [...document.querySelectorAll({json.dumps(CONTROLS)}), ...[...document.querySelectorAll('pre')].filter(scrolls)].filter(e => !e.disabled && e.getAttribute('tabindex') !== '-1' && e.checkVisibility({{visibilityProperty: true}})
+      window.wanted = [...document.querySelectorAll({json.dumps(CONTROLS)}), ...[...document.querySelectorAll('pre')].filter(scrolls)].filter(e => !e.disabled && !e.closest("[aria-hidden=true]") && e.checkVisibility({{visibilityProperty: true}})
         && e.getClientRects().length && !e.closest('[inert]')
         && (e.localName !== 'summary' || e.parentElement.localName === 'details' && e.parentElement.querySelector('summary') === e));
       document.addEventListener('focusin', e => window.reached.add(e.target));
