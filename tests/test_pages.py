@@ -56,8 +56,11 @@ def test_every_page_is_prepared(tmp_path):
     assert "[13 Segmenter](13_segmenter.ipynb)" in grid and re.search(r"\*\*Run this chapter\*\*( \(\d+ s on two processor cores\))?\n", grid)
     folded = next(text(c) for c in cells(tmp_path / "_proc" / "44_gridnet.ipynb", "code") if text(c).strip())
     assert folded.startswith("#| code-fold: true\n#| code-summary: \"Imports\"\n") and "import" in folded, "no page opens with a screen of imports"
-    played = (text(c) for c in cells(tmp_path / "_proc" / "35_microscope.ipynb", "code") if re.search(r"\bconst \w+=", text(c)))
-    assert all(source.startswith("#| code-fold: true\n") for source in played), "no page opens with two screens of JavaScript"
+    for page in made:
+        for source in map(text, cells(page, "code")):
+            keys = re.findall(r"^#\| ([\w-]+):", source, re.M)
+            assert len(keys) == len(set(keys)), f"{page.name}: quarto stops at an option that is given twice:\n{source[:200]}"
+            assert "code-fold: show" not in source or not re.search(r"\bconst \w+=", source), "no page opens with two screens of JavaScript"
     entries = {page.stem: "\n".join("".join(o["data"]["text/markdown"]) for c in cells(page, "code") if "show_doc(" in text(c) for o in c["outputs"])
                for page in made}
     assert r"as an \<svg>" in entries["35_microscope"], "a tag in a docstring is text: raw, it swallowed the sentence"

@@ -137,8 +137,10 @@ def as_page(cell):
 def fold(cell):
     "A page opens with its question, not with a screen of imports; and what a browser runs is there for whoever asks"
     if cell.cell_type != "code" or cell.get("outputs"): return
-    summary = "Imports" if imports_alone(cell.source) else "In Python, and for the browser" if re.search(r"\bconst \w+=", cell.source) else None
-    if summary: cell.source = f'#| code-fold: true\n#| code-summary: "{summary}"\n{cell.source}'
+    if imports_alone(cell.source):
+        cell.source = f'#| code-fold: true\n#| code-summary: "Imports"\n{cell.source}'
+    elif re.search(r"\bconst \w+=", cell.source):
+        cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true")  # nbdev's, of an exported cell
 
 
 class Names(NbdevLookup):
