@@ -64,6 +64,7 @@ def test_every_page_is_prepared(tmp_path):
     entries = {page.stem: "\n".join("".join(o["data"]["text/markdown"]) for c in cells(page, "code") if "show_doc(" in text(c) for o in c["outputs"])
                for page in made}
     assert r"as an \<svg>" in entries["35_microscope"], "a tag in a docstring is text: raw, it swallowed the sentence"
+    assert r"go to \--out" in entries["92_cli"], "an option, not a dash"
     assert r"f\*H, f\*W" in entries["31_upsample"] and "*longer* side" in entries["20_kmeans"], "products are no emphasis"
     assert "class Block(NamedTuple):\n    kind: str\n" in entries["44_gridnet"], "the fields of a record"
     assert "class GridNet(_Modules):\n    def __init__(self, num_classes: int" in entries["44_gridnet"], "an inherited __init__"

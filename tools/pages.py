@@ -33,9 +33,9 @@ CHAPTERS = {name for section in yaml.safe_load(Path("_quarto.yml").read_text())[
 
 
 def escape(text):
-    "A docstring's plain text as Markdown: only code, formulas and *emphasis* are markup; a product f*H, f*W or an <svg> is not"
+    "A docstring's plain text as Markdown: only code, formulas and *emphasis* are markup; a product f*H, f*W, an <svg> and --out are not"
     markup = r"(`[^`]*`|\$[^$]+\$|(?<!\S)\*[A-Za-z][^*]*[A-Za-z]\*(?!\w))"
-    return "".join(part if k % 2 else re.sub(r"[<*^~@]", r"\\\g<0>", part) for k, part in enumerate(re.split(markup, text)))
+    return "".join(part if k % 2 else re.sub(r"[<*^~@]|--", r"\\\g<0>", part) for k, part in enumerate(re.split(markup, text)))
 
 
 def tidy(doc):
