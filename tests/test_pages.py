@@ -23,8 +23,9 @@ def test_readers_of_the_site_see_the_exported_source(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
-def test_formulas_become_mathml(path):
+def test_headings_and_formulas(path):
     for source in map(text, cells(path, "markdown")):
+        assert not re.search(r"^#+\s*$", re.sub("```.*?```", "", source, flags=re.S), re.M), "a heading that says nothing"
         assert not re.search(r"\\[bB]igg?[lr]\b", source), "pandoc's MathML knows \\Big( but not \\Bigl("
 
 
