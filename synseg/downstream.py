@@ -262,9 +262,9 @@ def _study(name: str, about: str, synthetic: Source, real: Source, cpu: Scale, g
 _DRAWN = partial(drawn, "synthetic")
 STUDIES: dict[str, Study] = {s.name: s for s in [
     _study("refiner-scenes2camera", "The study's tables on data that everyone has: scenes as drawn, refined, and as a camera takes them.",
-           _DRAWN, partial(drawn, "camera"), _cpu((96, 128), 912), _gpu((192, 256), 4000, 4000, 20)),
+           _DRAWN, partial(drawn, "camera"), _cpu((96, 128), 912), _gpu((240, 320), 4000, 4000, 20)),
     _study("refiner-scenes2camvid", "The study's tables with real photographs: drawn scenes, refined, and CamVid, whose dusk is never trained on.",
-           _DRAWN, camvid, _cpu((96, 128), 305), _gpu((192, 256), 4000, 305, 20), "camvid"),
+           _DRAWN, camvid, _cpu((96, 128), 305), _gpu((240, 320), 4000, 305, 20), "camvid"),
     _study("refiner-gta2cityscapes", "The study's own: GTA-V, refined, and Cityscapes, cut out as there.", partial(city, "gta5", "val"),
            partial(city, "cityscapes", "val"), _cpu((80, 160), 912), _gpu((160, 320), 12_000, 2975, 10), "gta5 and cityscapes, side by side", CROP),
 ]}
