@@ -28,19 +28,15 @@ from nbdev.showdoc import BasicMarkdownRenderer
 from run_it import imports_alone, invitation
 from status import badge, read_status
 
+from synseg.notebooks import as_markdown
+
 CHAPTERS = {name for section in yaml.safe_load(Path("_quarto.yml").read_text())["website"]["sidebar"]["contents"]
             if isinstance(section, dict) and section["section"] not in ("Tools", "Reference", "Under the hood") for name in section["contents"]}
 
 
-def escape(text):
-    "A docstring's plain text as Markdown: only code, formulas and *emphasis* are markup; a product f*H, f*W, an <svg> and --out are not"
-    markup = r"(`[^`]*`|\$[^$]+\$|(?<!\S)\*[A-Za-z][^*]*[A-Za-z]\*(?!\w))"
-    return "".join(part if k % 2 else re.sub(r"[<*^~@]|--", r"\\\g<0>", part) for k, part in enumerate(re.split(markup, text)))
-
-
 def tidy(doc):
     "A docstring as Markdown: its first sentence on one line, what follows Click's mark as code"
-    first, *rest = [part if "\x08" in part else escape(part) for part in doc.split("\n\n")]
+    first, *rest = [part if "\x08" in part else as_markdown(part) for part in doc.split("\n\n")]
     rest = [re.sub(r"\x08\n\s*(.*?:)\n((?:.|\n)*)", lambda m: f"{m[1]}\n\n```sh\n{inspect.cleandoc(m[2])}\n```", part) for part in rest]
     return "\n\n".join([" ".join(first.split("\n")), *rest])
 
