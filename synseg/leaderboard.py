@@ -18,6 +18,7 @@ import torch
 from .check import count_parameters
 from .core import read_json, results_dir
 from .parity import Sheet
+from .plans import one, staged
 from .recipes import RECIPES
 from .zoo import create_model, list_models
 
@@ -91,7 +92,7 @@ def entries(folder: str | Path | None = None) -> list[Entry]:
     "One entry for each recipe on CamVid, the best mean IoU first; recipes without a record at the end, as not run"
     records = {r["name"]: r for r in read_records(folder)}
     is_held = {n: any(run.get("hold_out") for run in r["config"]["runs"].values()) for n, r in records.items()}
-    planned = [n for n, r in RECIPES.items() if any(run.data == "camvid" for run in r.profiles["cpu"].values())]
+    planned = [n for n, r in RECIPES.items() if r.score in (one, staged) and any(run.data == "camvid" for run in r.profiles["cpu"].values())]
     names = [n for n in dict.fromkeys([*records, *planned]) if not n.endswith("_holdout") and not is_held.get(n)]
     rows = [_entry(n, records.get(n), records.get(f"{n}_holdout")) for n in names]
     return sorted(rows, key=lambda e: (e.mean_iou is None, -(e.mean_iou or 0), e.recipe))

@@ -23,6 +23,7 @@ def test_without_records_nothing_was_run(tmp_path):
     assert board and all(e.profile is None and e.mean_iou is None for e in board)
     assert {"camvid_unet_small", "camvid_segnet", "camvid_fcn8s"} <= {e.recipe for e in board}
     assert not any(e.recipe.endswith("_holdout") for e in board)
+    assert "camvid_seggan" in RECIPES and "camvid_seggan" not in {e.recipe for e in board}, "a comparison is not a row"
     assert "not run" in repr(leaderboard(tmp_path)) and read_records(tmp_path) == []
 
 
