@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .backbone import Encoder, create_encoder, encoder_names
 from .blocks import ASPP, ConvNormAct, SeparableConv
 from .core import IMAGENET_MEAN, IMAGENET_STD
+from .dilate import WideConv2d
 from .segmenter import ModelEntry, ModelInfo, Segmenter
 from .unet import he_init
 
@@ -34,7 +35,7 @@ def fc_tower(c_in: int, num_classes: int, kernel: int, rate: int, wider: int, dr
     "fc6 (kernel, rate), fc7 and fc8 (1x1) as convolutions, the first two `wider` times as wide as the map they read"
     wide = wider * c_in
     tower = nn.Sequential(OrderedDict(
-        fc6=nn.Conv2d(c_in, wide, kernel, padding=rate * (kernel - 1) // 2, dilation=rate), relu6=nn.ReLU(True), drop6=nn.Dropout(dropout),
+        fc6=WideConv2d(c_in, wide, kernel, padding=rate * (kernel - 1) // 2, dilation=rate), relu6=nn.ReLU(True), drop6=nn.Dropout(dropout),
         fc7=nn.Conv2d(wide, wide, 1), relu7=nn.ReLU(True), drop7=nn.Dropout(dropout), fc8=nn.Conv2d(wide, num_classes, 1)))
     he_init(tower)
     _quiet(tower.fc8)

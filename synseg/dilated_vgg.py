@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .backbone import Encoder, create_encoder, encoder_names
 from .conv import theoretical_receptive_field
 from .core import IMAGENET_MEAN, IMAGENET_STD
-from .dilate import ContextModule
+from .dilate import ContextModule, WideConv2d
 from .fcn import fc_head, load_classifier
 from .segmenter import ModelEntry, ModelInfo, Segmenter, fit_to, pad_to_stride
 from .unet import he_init
@@ -36,7 +36,7 @@ def window_margin(layers: list[nn.Module], stride: int = 8) -> int:
 
 def front_head(channels: int, dropout: float = 0.5, valid: bool = True) -> nn.Sequential:
     "FCN's fc6 and fc7, eight times as wide as the map they read; the taps of fc6 four cells apart, which spans 25"
-    head = fc_head(channels, 100, dropout)
+    head = fc_head(channels, 100, dropout, WideConv2d)
     head.fc6.dilation, head.fc6.padding = (4, 4), (0, 0) if valid else (12, 12)
     return head
 

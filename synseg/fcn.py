@@ -102,11 +102,11 @@ def pool_ladder(name: str, in_channels: int, width: int | None, padding: int) ->
     encoder.taps, encoder.strides, encoder.channels = pools, (2, 4, 8, 16, 32), encoder.channels[:5]
     return encoder
 
-def fc_head(channels: int, padding: int, dropout: float) -> nn.Sequential:
+def fc_head(channels: int, padding: int, dropout: float, conv: type[nn.Conv2d] = nn.Conv2d) -> nn.Sequential:
     "VGG's fc6 and fc7 as 7x7 and 1x1 convolutions, eight times as wide as the map they read: 4096 for 512"
     wide = 8 * channels
     return nn.Sequential(OrderedDict(
-        fc6=nn.Conv2d(channels, wide, 7, padding=3 if padding == 1 else 0), relu6=nn.ReLU(True), drop6=nn.Dropout(dropout),
+        fc6=conv(channels, wide, 7, padding=3 if padding == 1 else 0), relu6=nn.ReLU(True), drop6=nn.Dropout(dropout),
         fc7=nn.Conv2d(wide, wide, 1), relu7=nn.ReLU(True), drop7=nn.Dropout(dropout)))
 
 # %% ../nbs/41_fcn.ipynb #89dfd36f

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from synseg.check import count_parameters, receptive_field, receptive_map, test_same as same
-from synseg.dilate import (ContextModule, GroupInteraction, SharedSmoothing, SmoothedDilation, context_identity_, context_plan,
+from synseg.dilate import (ContextModule, GroupInteraction, SharedSmoothing, SmoothedDilation, WideConv2d, context_identity_, context_plan,
                            from_subgrids, gridding_energy, hdc_distances, hdc_rule, hybrid_rates, tap_paths, to_subgrids)
 
 CASES = [(5, 7, 2, 3), (8, 8, 2, 3), (7, 11, 3, 5), (13, 9, 4, 3), (3, 2, 5, 3), (1, 1, 3, 3), (12, 10, 1, 3), (17, 16, 6, 7), (9, 14, 2, 1)]
@@ -269,3 +269,36 @@ def test_gridding_energy_is_a_share():
     assert abs(float(gridding_energy(x.bfloat16(), 2) - e)) < 0.01
     tiny = torch.randn(1, 1, 8, 8, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda t: gridding_energy(t, 2), tiny)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("c_out, piece", [(7, 60), (7, 1), (1, 5), (8, 27 * 4), (5, 1 << 25)])
+def test_a_wide_layer_in_pieces_is_the_same_layer(c_out, piece, bias):
+    plain = nn.Conv2d(3, c_out, 3, stride=2, padding=4, dilation=4, bias=bias)
+    wide = WideConv2d(3, c_out, 3, stride=2, padding=4, dilation=4, bias=bias)
+    wide.load_state_dict(plain.state_dict())
+    wide.piece, calls, forward = piece, [], wide._conv_forward
+    wide._conv_forward = lambda x, w, b: calls.append(len(w)) or forward(x, w, b)
+    x = torch.randn(2, 3, 9, 13)
+    answers = [net(x) for net in (plain, wide)]
+    for y in answers:
+        y.square().sum().backward()
+    assert sum(calls) == c_out and len(calls) == min(-(-27 * c_out // piece), c_out)
+    same(*answers, **close)
+    for a, b in zip(plain.parameters(), wide.parameters()):
+        same(a.grad, b.grad, rtol=1e-4, atol=1e-3)
+    calls.clear()
+    same(plain.eval()(x), wide.eval()(x), **close)
+    assert len(calls) == 1, "nothing is cut up when nothing is learned"
+
+
+def test_the_widest_dilated_layers_of_the_course_are_trained_in_pieces():
+    from synseg.zoo import create_model
+
+    with torch.device("meta"):
+        nets = create_model("dilated_vgg", 11), create_model("deeplabv1", 11, field="7x7")
+    for net in nets:
+        for layer in net.modules():
+            dear = isinstance(layer, nn.Conv2d) and max(layer.dilation) > 1 and layer.weight.numel() > WideConv2d.piece
+            assert not dear or isinstance(layer, WideConv2d)
+        assert any(isinstance(layer, WideConv2d) for layer in net.modules())
