@@ -17,7 +17,7 @@ from .authors import (BISENET, CAMVID_FCN, CONTEXTNET, DECONVNET, DEEPLABV1, DEE
                             dilated_stages, on_camvid, tiramisu_stages)
 from .metrics import ConfusionMatrix
 from .plans import Recipe, each, one, ranked, staged
-from .runs import Run
+from .runs import Run, read_run, score_set
 
 # %% ../nbs/48_papers.ipynb #1c00964e
 @dataclass(frozen=True)
@@ -128,6 +128,23 @@ def _side_by_side(rows: Mapping[str, Row]) -> dict[str, dict[str, Run]]:
     runs = {n: Run(model=n, lr=max(row.lr, 1e-3), options={"width": row.narrow} | row.options) for n, row in rows.items()}
     return _equal(runs | {"unet_small": Run(model="unet_small")})
 
+# %% ../nbs/48_papers.ipynb #5e9e5e78
+def _on_frames(rows: Mapping[str, Row]) -> dict[str, dict[str, Run]]:
+    "Three sizes of a comparison on CamVid without the held-out sequence; at full size each network has its paper's width"
+    plain = {n: Run(model=n, lr=row.lr, options=dict(row.options)) for n, row in rows.items()} | {"unet_small": Run()}
+    narrow = {n: replace(r, lr=max(r.lr, 1e-3), options={"width": rows[n].narrow} | r.options if n in rows else {}) for n, r in plain.items()}
+    common = Run(data="camvid", hold_out=HELD_OUT, size=(120, 160), batch_size=4, epochs=8)
+    whole = replace(common, size=FRAME, eval_size=FRAME, batch_size=8, epochs=40)
+    sized = lambda common, runs: {n: replace(common, model=r.model, lr=r.lr, options=r.options) for n, r in runs.items()}
+    return {"smoke": sized(replace(_SMALL, size=(64, 96)), narrow), "cpu": sized(common, narrow), "gpu": sized(whole, plain)}
+
+def _with_val(learners, profile, root) -> dict:
+    "Every network on what was left out of its training, the best first; beside it `val`, from a sequence that was not"
+    rows = ranked(learners, profile, root)
+    for n in rows: rows[n]["val"] = learners[n].evaluate(score_set(read_run(learners[n].out, root)[0], root, "val"))
+    return rows
+
+
 # %% ../nbs/48_papers.ipynb #32eb5ad7
 ABLATIONS: dict[str, tuple[str, dict]] = {  # network and options; the first is what the others are compared with
     "whole": ("deeplabv3plus", {}), "stride_8": ("deeplabv3plus", {"output_stride": 8}),
@@ -213,6 +230,8 @@ PAPERS: dict[str, Recipe] = {r.name: r for r in [
     Recipe("scenes_encoder_decoder", "The encoder-decoders, narrow, on scenes, for an equal number of pictures.", _side_by_side(LADDERS), ranked),
     Recipe("scenes_context", "The networks that look further, narrow, on scenes, for an equal number of pictures.", _side_by_side(CONTEXT), ranked),
     Recipe("scenes_realtime", "The networks that answer in milliseconds, narrow, on scenes, for an equal number of pictures.", _side_by_side(REALTIME), ranked),
+    Recipe("camvid_frames", f"All of them at full size on CamVid without {HELD_OUT}, for an equal number of pictures, scored on it and on val.",
+           _on_frames(ROWS), _with_val, "camvid"),
     Recipe("scenes_deeplab", "A narrow DeepLabv3+ on scenes, one thing changed at a time.", _equal(_ABLATED), ranked),
     Recipe("scenes_contextnet", "ContextNet on scenes: what each branch, each loss and each brick is worth.",
            {n: contextnet_ablations(run) for n, run in _BRANCHES.items()}, _branches),
