@@ -48,13 +48,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check synseg tests tools setup.py
 
 # One thread to a process: two workers with two threads each would fight over two cores, and a neighbour makes both wait.
+# What chapters write for a while goes to a folder that is removed here: worker processes end without tidying up.
 notebooks: $(VENV)/.dev
-	OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/nbdev_test --timing --do_print
+	tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
+	TMPDIR=$$tmp OMP_NUM_THREADS=1 TQDM_DISABLE=1 MPLBACKEND=agg $(BIN)/nbdev_test --timing --do_print
 
 unit: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-wheel: $(VENV)/.dev
+# Before the environment for development is filled, where both begin: each holds PyTorch, and the wheel's is removed again.
+wheel: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --progress-bar off "build>=1.2"
 	PYTHON=$(BIN)/python sh tools/wheel.sh
 
 readme: $(VENV)/.dev

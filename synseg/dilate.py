@@ -47,16 +47,34 @@ def from_subgrids(
 
 # %% ../nbs/32_dilate.ipynb #2e50e838
 class WideConv2d(nn.Conv2d):
-    """`nn.Conv2d` with the same weights and answers; while training on a CPU it works on pieces of its output channels.
+    """`nn.Conv2d` with the same weights and answers, for dilated layers of some 50 million weights or more.
 
-    A dilated layer of over some 50 million weights needs it: beyond that oneDNN takes minutes to find their gradient, in pieces seconds."""
+    While training on a CPU it works on pieces of its output channels: oneDNN takes minutes for the gradient of all weights at
+    once, seconds for that of the pieces. On a CUDA device it works on phases, without gaps."""
     piece = 1 << 25  # weights at most, if there are channels enough
 
     def forward(self, x: Tensor) -> Tensor: # (N, c_in, H, W) -> (N, c_out, H', W')
         pieces = min(-(-self.weight.numel() // self.piece), self.out_channels)
-        if pieces == 1 or not self.training or self.groups > 1 or self.weight.device.type != "cpu": return super().forward(x)
+        if pieces > 1 and self.groups == 1:
+            if x.device.type == "cuda" and self._has_phases(): return self.by_phases(x)
+            if x.device.type == "cpu" and self.training: return self.in_pieces(x, pieces)
+        return super().forward(x)
+
+    def in_pieces(self, x: Tensor, pieces: int) -> Tensor:
+        "Several convolutions, side by side, each for a share of the output channels"
         biases = repeat(None) if self.bias is None else self.bias.tensor_split(pieces)
         return torch.cat([self._conv_forward(x, w, b) for w, b in zip(self.weight.tensor_split(pieces), biases)], 1)
+
+    def _has_phases(self) -> bool:
+        square = self.dilation[0] == self.dilation[1] and not isinstance(self.padding, str) and self.padding_mode == "zeros"
+        return square and self.stride == (1, 1) and all(p % self.dilation[0] == 0 for p in self.padding)
+
+    def by_phases(self, x: Tensor) -> Tensor:
+        "One convolution without gaps, on all sub-grids; for stride 1 and a padding with zeros that the rate divides"
+        rate, padding = self.dilation[0], self.padding
+        size = [n + 2*p - rate*(k - 1) for n, p, k in zip(x.shape[-2:], padding, self.kernel_size)]
+        y = F.conv2d(to_subgrids(x, rate), self.weight, self.bias, padding=[p // rate for p in padding])
+        return from_subgrids(y, rate, size)
 
 
 # %% ../nbs/32_dilate.ipynb #740da853

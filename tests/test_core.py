@@ -1,8 +1,12 @@
 "Seeds, devices, atomic files (with a full disk simulated), recorded results"
 import errno
 import json
+import os
 import random
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +47,22 @@ def test_devices():
     assert isinstance(fast_bf16(), bool)
     assert fast_bf16("cpu") == fast_bf16(torch.device("cpu"))
     assert fast_bf16("meta") is False
+
+
+def test_a_scratch_folder_goes_with_its_process(tmp_path):
+    "After an end, an exception or a folder that somebody else removed"
+    for last in ("pass", "raise ValueError", "shutil.rmtree(folder)", "sys.exit(3)"):
+        code = f"import shutil, sys\nfrom synseg.core import scratch_folder\nfolder, other = scratch_folder(), scratch_folder()\n" \
+               f"assert folder != other and not any(folder.iterdir())\n(folder/'sub').mkdir()\n(folder/'sub/w').write_bytes(bytes(9))\n{last}"
+        done = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, TMPDIR=str(tmp_path)), capture_output=True, text=True)
+        assert ("ValueError" in done.stderr) == ("ValueError" in last) and "Error" not in done.stderr.replace("ValueError", ""), done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("nbs/*.ipynb")), ids=lambda p: p.stem)
+def test_no_chapter_leaves_files_behind(path):
+    "A folder of mkdtemp stays: fifty chapters, a gigabyte a run"
+    assert "mkdtemp" not in path.read_text(encoding="utf-8")
 
 
 def test_atomic_path_writes_and_makes_folders(tmp_path):

@@ -292,6 +292,43 @@ def test_a_wide_layer_in_pieces_is_the_same_layer(c_out, piece, bias):
     assert len(calls) == 1, "nothing is cut up when nothing is learned"
 
 
+@pytest.mark.parametrize("rate, kernel, margin", [(4, 7, 3), (4, 7, 0), (12, 3, 1), (2, 5, 5), (1, 3, 1), (3, 1, 0)])
+@pytest.mark.parametrize("size", [(29, 31), (48, 37), (26, 26)])
+def test_a_wide_layer_by_phases_is_the_same_layer(rate, kernel, margin, size):
+    "Which is how it runs on a GPU"
+    wide = WideConv2d(3, 5, kernel, padding=rate * margin, dilation=rate)
+    x = torch.randn(2, 3, *size)
+    found = []
+    for answer in (wide, wide.by_phases):
+        wide.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = answer(leaf)
+        y.square().sum().backward()
+        found.append([y, leaf.grad, wide.weight.grad.clone(), wide.bias.grad.clone()])
+    for a, b in zip(*found):
+        same(a, b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [dict(stride=2), dict(padding="same"), dict(padding=3), dict(padding_mode="reflect", padding=4),
+                                     dict(dilation=(4, 2))])
+def test_a_layer_that_has_no_phases_is_left_whole(options):
+    assert WideConv2d(3, 5, 3, **dict(dict(dilation=4, padding=4)))._has_phases()
+    assert not WideConv2d(3, 5, 3, **dict(dict(dilation=4, padding=4), **options))._has_phases()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_wide_layer_on_a_gpu_goes_by_phases(monkeypatch):
+    wide, seen, by_phases = WideConv2d(3, 5, 3, padding=4, dilation=4).cuda(), [], WideConv2d.by_phases
+    monkeypatch.setattr(WideConv2d, "by_phases", lambda self, x: seen.append(x.shape) or by_phases(self, x))
+    x = torch.randn(2, 3, 19, 23, device="cuda")
+    plain = wide(x)
+    assert not seen
+    wide.piece = 60
+    same(wide(x), plain, rtol=1e-3, atol=1e-3)
+    assert len(seen) == 1
+
+
 def test_the_widest_dilated_layers_of_the_course_are_trained_in_pieces():
     from synseg.zoo import create_model
 

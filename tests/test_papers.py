@@ -45,10 +45,37 @@ def test_every_recipe_is_fixed_in_length_and_within_its_profile(name):
             assert run.epochs and run.minutes is None, "the same steps on any machine"
             assert run.start is None or run.start in stages[:i]
             assert run.split == "train" and run.valid == "val", "no test split is touched"
-            assert bool(run.hold_out) == (name.endswith("_holdout") and profile != "smoke")
+            assert bool(run.hold_out) == (name.endswith(("_holdout", "camvid_frames")) and profile != "smoke")
     for run in r.profiles["cpu"].values():
         assert run.encoder_weights is None and (run.data == "scenes" or (run.size, run.batch_size) == ((120, 160), 4))
-        assert "width" not in run.options or run.data == "scenes", "the cpu size keeps the paper's network"
+        assert "width" not in run.options or run.data == "scenes" or name == "camvid_frames", "the cpu size keeps the paper's network"
+
+
+def test_networks_meet_on_photographs_as_equals():
+    "The same pictures for all; at full size every network as its paper has it, but for what keeps small images small"
+    r = PAPERS["camvid_frames"]
+    for profile, runs in r.profiles.items():
+        assert set(runs) == {*ROWS, "unet_small"} and len({(x.size, x.epochs, x.batch_size, x.seed, x.start) for x in runs.values()}) == 1
+        for n, run in runs.items():
+            assert (run.options.get("width") is None) == (profile == "gpu" or n == "unet_small")
+    assert all(run.eval_size == FRAME for run in r.profiles["gpu"].values())
+
+
+def test_both_clips_are_scored(tmp_path):
+    "What was left out, which decides the order, and val beside it"
+    root = tmp_path/"camvid"
+    for split, names in (("train", ["0001TP_1", "0001TP_2", "0016E5_1", "0016E5_2"]), ("val", ["0016E5_3"])):
+        for part in (split, f"{split}annot"): (root/part).mkdir(parents=True)
+        for name, (image, label) in zip(names, Scenes(len(names), (64, 96), seed=len(names))):
+            Image.fromarray((image*255).byte().permute(1, 2, 0).numpy()).save(root/split/f"{name}.png")
+            Image.fromarray(label.where(label != 255, 11).byte().numpy()).save(root/f"{split}annot/{name}.png")
+        (root/f"{split}.txt").write_text("".join(f"{split}/{n}.png {split}annot/{n}.png\n" for n in names))
+    r = PAPERS["camvid_frames"]
+    runs = {n: replace(r.profiles["cpu"][n], size=(64, 96), epochs=1, batch_size=2) for n in ("enet", "contextnet_cn14")}
+    found = replace(r, profiles={"cpu": runs}).run("cpu", root, out=tmp_path/"runs", progress=False)
+    assert set(found) == set(runs) and list(found) == sorted(found, key=lambda n: -found[n]["mean_iou"])
+    for row in found.values():
+        assert row["images"] == 2 and row["trained_images"] == 2 and row["val"]["images"] == 1
 
 
 @pytest.mark.parametrize("name", PAPERS)
