@@ -113,15 +113,16 @@ def _hour(row: Row, data: str) -> dict[str, Run]:
     return {n: replace(r, data=data, images=367) for n, r in cpu(row).items()}
 
 # %% ../nbs/48_papers.ipynb #71b51a6c
-_EQUAL, _SMALL = Run(domain="both", images=600, batch_size=8, epochs=5), Run(images=16, epochs=1, batch_size=4)
+_EQUAL, _SMALL = Run(domain="both", images=600, size=(96, 128), batch_size=8, epochs=5), Run(images=16, size=(64, 96), epochs=1, batch_size=4)
+
+def _sized(common: Run, runs: Mapping[str, Run]) -> dict[str, Run]:
+    "Each run as `common` says, but for the network and the rate that are its own"
+    return {n: replace(common, model=r.model, encoder=r.encoder, options=r.options, lr=r.lr) for n, r in runs.items()}
 
 def _equal(runs: Mapping[str, Run]) -> dict[str, dict[str, Run]]:
-    "Three sizes of a comparison on scenes: each run sees as many pictures as the others; what they have of their own stays"
-    def sized(common: Run, size):
-        own = lambda r: dict(model=r.model, encoder=r.encoder, options=r.options, lr=r.lr)
-        return {n: replace(common, size=size, **own(r)) for n, r in runs.items()}
-    return {"smoke": sized(_SMALL, (64, 96)), "cpu": sized(_EQUAL, (96, 128)),
-            "gpu": sized(replace(_EQUAL, images=20_000, epochs=20), (240, 320))}
+    "Three sizes of a comparison on scenes: each run sees as many pictures as the others"
+    return {"smoke": _sized(_SMALL, runs), "cpu": _sized(_EQUAL, runs),
+            "gpu": _sized(replace(_EQUAL, images=20_000, epochs=20, size=(240, 320)), runs)}
 
 def _side_by_side(rows: Mapping[str, Row]) -> dict[str, dict[str, Run]]:
     "Every network, narrow, and the U-Net of the spine"
@@ -135,8 +136,7 @@ def _on_frames(rows: Mapping[str, Row]) -> dict[str, dict[str, Run]]:
     narrow = {n: replace(r, lr=max(r.lr, 1e-3), options={"width": rows[n].narrow} | r.options if n in rows else {}) for n, r in plain.items()}
     common = Run(data="camvid", hold_out=HELD_OUT, size=(120, 160), batch_size=4, epochs=8)
     whole = replace(common, size=FRAME, eval_size=FRAME, batch_size=8, epochs=40)
-    sized = lambda common, runs: {n: replace(common, model=r.model, lr=r.lr, options=r.options) for n, r in runs.items()}
-    return {"smoke": sized(replace(_SMALL, size=(64, 96)), narrow), "cpu": sized(common, narrow), "gpu": sized(whole, plain)}
+    return {"smoke": _sized(_SMALL, narrow), "cpu": _sized(common, narrow), "gpu": _sized(whole, plain)}
 
 def _with_val(learners, profile, root) -> dict:
     "Every network on what was left out of its training, the best first; beside it `val`, from a sequence that was not"
@@ -230,7 +230,7 @@ PAPERS: dict[str, Recipe] = {r.name: r for r in [
     Recipe("scenes_encoder_decoder", "The encoder-decoders, narrow, on scenes, for an equal number of pictures.", _side_by_side(LADDERS), ranked),
     Recipe("scenes_context", "The networks that look further, narrow, on scenes, for an equal number of pictures.", _side_by_side(CONTEXT), ranked),
     Recipe("scenes_realtime", "The networks that answer in milliseconds, narrow, on scenes, for an equal number of pictures.", _side_by_side(REALTIME), ranked),
-    Recipe("camvid_frames", f"All of them at full size on CamVid without {HELD_OUT}, for an equal number of pictures, scored on it and on val.",
+    Recipe("camvid_frames", f"All of them on CamVid without {HELD_OUT}, for an equal number of pictures, scored on it and on val.",
            _on_frames(ROWS), _with_val, "camvid"),
     Recipe("scenes_deeplab", "A narrow DeepLabv3+ on scenes, one thing changed at a time.", _equal(_ABLATED), ranked),
     Recipe("scenes_contextnet", "ContextNet on scenes: what each branch, each loss and each brick is worth.",
